@@ -1,0 +1,1 @@
+"""Measurements: one configuration and one command each; results are committed as JSON."""

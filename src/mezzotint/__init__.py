@@ -1,0 +1,133 @@
+"""Compress language models after training: weights in two to eight bits, with the model's behaviour kept.
+
+Example:
+    >>> import mezzotint
+    >>> mezzotint.quantize("SmolLM2-135M", out="small", bits=3)  # doctest: +SKIP
+    >>> mezzotint.evaluate("small", "text.txt", against="SmolLM2-135M").kl_nats  # doctest: +SKIP
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mezzotint.evaluation import Evaluation
+    from mezzotint.pipeline.plan import Planned
+    from mezzotint.pipeline.recipe import Recipe as Recipe
+    from mezzotint.pipeline.run import Listener
+
+__version__ = version("mezzotint")
+__all__ = ["Recipe", "__version__", "evaluate", "load", "plan", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    # Recipe is imported when it is used: pydantic, torch and transformers take seconds
+    if name == "Recipe":
+        from mezzotint.pipeline.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module 'mezzotint' has no attribute {name!r}")
+
+
+def quantize(
+    model: str | Path,
+    recipe: "str | Recipe" = "default",
+    *,
+    out: str | Path,
+    listener: "Listener | None" = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Quantize a model folder into another one and return the report.
+
+    Args:
+        model: folder of the original, or its name on the hub.
+        recipe: name of a preset, path of a .yaml file, or a `Recipe`.
+        out: folder to make; it must not exist, or be empty.
+        listener: told of progress.
+        **overrides: see `plan`.
+
+    Raises:
+        MezzotintError: what is wrong with the request, the model, the text or the disk.
+    """
+    from mezzotint.pipeline import run
+
+    return run.quantize(_request(model, recipe, **overrides), Path(out), listener)
+
+
+def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any) -> "Planned":
+    """What `quantize` would do; reads headers, no weights.
+
+    Args:
+        model: folder of the original.
+        recipe: name of a preset, path of a .yaml file, or a `Recipe`.
+        **overrides: ``bits``, ``settings`` (dotted names to values), ``keep`` (globs), ``engine``, ``calibration``,
+            ``samples``, ``seqlen``, ``field``, ``lines``, ``packing``, ``seed``, ``device``, ``memory`` (bytes),
+            ``trust_remote_code``; as the options of the command line.
+
+    Raises:
+        MezzotintError: what is wrong with the request or the model.
+    """
+    from mezzotint.pipeline import run
+
+    return run.plan(_request(model, recipe, **overrides))
+
+
+def evaluate(
+    model: str | Path, text: str | Path, *, against: str | Path | None = None, **options: Any
+) -> "Evaluation":
+    """Perplexity of a folder on a text, and its divergence from the original.
+
+    Args:
+        model: folder, quantized or not.
+        text: a file, or a data set by name.
+        against: the original.
+        **options: ``seqlen``, ``windows``, ``device``, ``memory``, ``trust_remote_code``, ``progress``.
+
+    Raises:
+        MezzotintError: a folder or the text cannot be used.
+    """
+    from mezzotint.pipeline.evaluate import evaluate as run
+
+    return run(Path(model), str(text), against=None if against is None else Path(against), **options)
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """The model of a folder, ready to use, through transformers' own loader.
+
+    Args:
+        folder: what `quantize` made.
+        **options: of ``AutoModelForCausalLM.from_pretrained``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _request(
+    model: str | Path,
+    recipe: "str | Recipe",
+    *,
+    bits: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    keep: Sequence[str] = (),
+    calibration: str | Path = "self",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    field: str | None = None,
+    lines: bool = False,
+    packing: bool = True,
+    device: str = "auto",
+    **rest: Any,
+) -> Any:
+    from mezzotint.pipeline.request import CalibrationRequest, Request, resolve_device, resolve_recipe
+
+    return Request(
+        model=Path(model),
+        recipe=resolve_recipe(recipe, bits=bits, settings=settings, keep=tuple(keep)),
+        calibration=CalibrationRequest(
+            source=str(calibration), samples=samples, seqlen=seqlen, field=field, lines=lines, packing=packing
+        ),
+        device=resolve_device(device),
+        **rest,
+    )

@@ -1,0 +1,189 @@
+"""What people see: tables and progress."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+__all__ = [
+    "bar", "escape", "progress", "show_evaluation", "show_plan", "show_recipes", "show_report", "show_result", "size",
+]  # fmt: skip
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def _bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """One progress bar; gives a function of done and total."""
+    with _bars(console) as bars:
+        task = bars.add_task(title, total=None, note="")
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[Any], None]]:
+    """One bar per stage of a run, with the last block's error beside it."""
+    with _bars(console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def listen(event: Any) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
+            task = tasks[event.stage]
+            bars.update(task, completed=event.done, total=event.total)
+            relative = getattr(event.record, "relative_error", None)
+            if relative is not None:
+                bars.update(task, note=f"block {event.record.index}: held-out error {relative:.2%}")
+
+        yield listen
+
+
+def show_plan(planned: Any, console: Console) -> None:
+    """The plan by kind of matrix, then totals."""
+    plan = planned.plan
+    table = Table(title=f"plan: {planned.request.recipe.name} for {planned.request.model.name}")
+    for column in ("matrices", "shape", "target", "grid", "rounding", "bits", "because"):
+        table.add_column(column)
+    for names, entry in _alike(plan.entries, planned.shapes):
+        rows, columns = planned.shapes[entry.matrix]
+        bits = entry.bits.total / (rows * columns)
+        table.add_row(
+            names,
+            f"{rows} x {columns}",
+            entry.target.kind,
+            _settings(entry.grid),
+            _settings(entry.rounding),
+            f"{bits:.3f}",
+            entry.because,
+        )
+    console.print(table)
+    for name, reason in _alike_kept(plan.kept):
+        console.print(f"kept: {escape(name)}: {escape(reason)}")
+    console.print(
+        f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without scales "
+        f"and zero points), {size(plan.bytes)} in all, format {plan.format}"
+    )
+    if planned.calibration is None:
+        console.print("calibration: none needed")
+    else:
+        c = planned.calibration
+        console.print(
+            f"calibration: {c.samples} windows of {c.seqlen} tokens from {c.source!r}, about "
+            f"{planned.costs.flops / 1e12:.1f} TFLOP"
+        )
+    console.print(f"memory: about {size(plan.peak_memory_bytes)}")
+
+
+def _alike(entries: Any, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[str, Any]]:
+    """Entries that differ only in their block, as one line with a star for the block."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for e in entries:
+        pattern = ".".join("*" if part.isdigit() else part.split("[")[0] for part in e.matrix.split("."))
+        groups.setdefault((pattern, shapes[e.matrix], e.grid, e.rounding, e.target, e.because), []).append(e)
+    return [(f"{key[0]} ({len(members)})", members[0]) for key, members in groups.items()]
+
+
+def _alike_kept(kept: Mapping[str, str]) -> list[tuple[str, str]]:
+    groups: dict[tuple[str, str], int] = {}
+    for name, reason in kept.items():
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        groups[pattern, reason] = groups.get((pattern, reason), 0) + 1
+    return [(f"{name} ({count})" if count > 1 else name, reason) for (name, reason), count in groups.items()]
+
+
+def _settings(stage: Any) -> str:
+    from mezzotint.pipeline.report import stage as as_dict
+
+    values = as_dict(stage)
+    kind = values.pop("kind")
+    return kind + "".join(f" {name}={value}" for name, value in values.items())
+
+
+def show_result(result: Mapping[str, Any], console: Console) -> None:
+    """What a run made."""
+    table = Table(title="quantized")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    blocks = [b for b in result["blocks"] if b["relative_error"] is not None]
+    rows = [
+        ("matrices", str(len(result["linears"]))),
+        ("bits per weight", f"{result['bits_per_weight']:.3f}"),
+        ("without scales and zero points", f"{result['bits_per_weight_without_side_data']:.3f}"),
+        ("size of all tensors", size(result["output_bytes"])),
+        ("time", f"{result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of processor)"),
+        ("peak memory", size(result["peak_rss_bytes"])),
+    ]
+    if blocks:
+        rows.append(("held-out error of the last block", f"{blocks[-1]['relative_error']:.2%}"))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for name, decisions in result["decisions"].items():
+        for what, why in decisions.items():
+            console.print(f"{escape(name)}: {escape(what)} {escape(str(why))}")
+    console.print(f"written to {escape(result['out'])}")
+
+
+def show_evaluation(result: Any, console: Console) -> None:
+    """Perplexities and divergence."""
+    table = Table(title=f"{result.windows} windows of {result.seqlen} tokens")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in result.as_json().items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.4f}")
+        elif isinstance(value, dict):
+            table.add_row(name, ", ".join(f"{key} {part:.4f}" for key, part in value.items()))
+        elif value is not None:
+            table.add_row(name, str(value))
+    console.print(table)
+
+
+def show_report(report: Mapping[str, Any], console: Console) -> None:
+    """Every matrix of a finished folder."""
+    table = Table(title=f"{report['model']}: recipe {report['recipe']['name']}, format {report['plan']['format']}")
+    for column in ("matrix", "bits", "weight error", "error", "held-out error"):
+        table.add_column(column, justify="left" if column == "matrix" else "right")
+    for linear in report["linears"]:
+        errors = [linear["weight_error"], linear["h_error"], linear["h_error_held_out"]]
+        shown = ["-" if e is None else f"{e:.2e}" for e in errors]
+        table.add_row(linear["name"], f"{linear['bits_per_weight']:.3f}", *shown)
+    console.print(table)
+    console.print(
+        f"{report['bits_per_weight']:.3f} bits per weight, {size(report['output_bytes'])}, made in "
+        f"{report['seconds']:.1f} s with at most {size(report['peak_rss_bytes'])}"
+    )
+
+
+def show_recipes(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Names, what they do, their papers."""
+    table = Table(title="recipes")
+    for column in ("name", "what it does", "paper"):
+        table.add_column(column)
+    for name, recipe in found.items():
+        table.add_row(name, recipe["summary"], recipe["paper"])
+    console.print(table)

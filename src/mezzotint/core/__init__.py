@@ -1,0 +1,1 @@
+"""Mathematics on tensors: no modules, files, devices, logs or environment."""

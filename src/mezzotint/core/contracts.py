@@ -1,0 +1,311 @@
+"""What every stage promises: protocols and frozen dataclasses of tensors.
+
+Order of work: rewrite -> statistics -> target -> basis -> grid -> rounding -> format. Shapes are those of the stored
+matrix seen as ``[out, in]``. A new grid, transform, target, rounding or format meets one protocol and nothing else.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mezzotint.core.statistics import Statistics
+from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEdge, Role
+
+__all__ = [
+    "Affine",
+    "Aim",
+    "Basis",
+    "Bits",
+    "Block",
+    "FittedGrid",
+    "Grid",
+    "InputGroup",
+    "Matrix",
+    "ModelMap",
+    "NormEdge",
+    "Quadratic",
+    "QuantizedWeight",
+    "Rewrite",
+    "Role",
+    "Rounded",
+    "Rounding",
+    "Target",
+    "Transform",
+]
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quadratic:
+    """``q(V) = tr(V gram V') - 2 tr(V cross') + const`` with ``cross = W (gram + drift) + residual`` (MATH.md section 0)."""
+
+    gram: Float[Tensor, "in in"]
+    cross: Float[Tensor, "out in"]
+    const: Float[Tensor, " out"]
+
+    def value(self, v: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """The objective per output row."""
+        return ((v @ self.gram - 2 * self.cross) * v).sum(-1) + self.const
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aim:
+    """The matrix to approximate.
+
+    Attributes:
+        matrix: ``[out, in]``, float32 or wider.
+        quadratic: the objective it minimises, where it is explicit.
+        corrected: already contains the correction for upstream error.
+        decisions: what was chosen and why, for the report.
+    """
+
+    matrix: Float[Tensor, "out in"]
+    quadratic: Quadratic | None = None
+    corrected: bool = False
+    decisions: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Chooses the matrix to approximate."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
+        """The aim for ``weight``; ``fit`` and ``held_out`` are disjoint sets of tokens."""
+        ...
+
+
+# ---- basis ----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Rewrite(Protocol):
+    """Model-wide exact change of the checkpoint, applied when a tensor is read, before statistics."""
+
+    def tensor(self, name: str, value: Tensor) -> Tensor:
+        """The rewritten tensor of that name."""
+        ...
+
+    def refuses(self, model: ModelMap) -> str | None:
+        """Why this model cannot be rewritten, or None."""
+        ...
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """An exactly invertible change of basis ``T' = L T R``, ``x' = R^-1 x``, ``y = L^-1 y'``.
+
+    Attributes:
+        stored: signs and channel scales: counted as side data.
+        run_time: something is left to do when the model runs.
+    """
+
+    kind: str
+    stored: Mapping[str, Tensor]
+    run_time: bool
+
+    def weight(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The matrix in the new basis."""
+        ...
+
+    def inverse(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The matrix back in the original basis, exactly."""
+        ...
+
+    def statistics(self, s: Statistics) -> Statistics:
+        """The statistics of ``x' = R^-1 x``."""
+        ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Fits one basis per matrix; the input side is shared by an input group."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def fit(
+        self,
+        aims: Sequence[Aim],
+        fit: Statistics | None,
+        probe: Callable[[Tensor], float] | None,
+        generator: torch.Generator,
+    ) -> tuple[Basis, ...]:
+        """One basis per aim."""
+        ...
+
+
+# ---- grid and rounding ----------------------------------------------------------------------------------------------
+
+
+class Bits(NamedTuple):
+    """Exact storage of one matrix in bits: its codes, and everything else (scales, zero points, signs, padding)."""
+
+    code: int
+    side: int
+
+    @property
+    def total(self) -> int:
+        """Codes and side data."""
+        return self.code + self.side
+
+
+class Affine(NamedTuple):
+    """``value = scale * code + offset`` per ``[out, group]``; groups of ``group_size`` columns in the original order."""
+
+    scale: Float[Tensor, "out groups"]
+    offset: Float[Tensor, "out groups"]
+    group_size: int
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """Settings of one colour of the palette: frozen, hashable, known without weights.
+
+    Attributes:
+        bits: of one code.
+        tile: (rows, columns) encoded together: (1, 1) scalar, (1, 2) vector, (16, 16) trellis.
+        multiple: what out and in are padded to, or must divide if ``pads`` is false.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def bits(self) -> float: ...  # noqa: D102
+    @property
+    def tile(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def multiple(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def pads(self) -> bool: ...  # noqa: D102
+    @property
+    def needs(self) -> frozenset[str]: ...  # noqa: D102
+
+    def resolve(self, shape: tuple[int, int], dtype: torch.dtype) -> "Grid":
+        """The grid with every ``auto`` setting decided for a matrix of that shape in a checkpoint of that dtype."""
+        ...
+
+    def stored_bits(self, shape: tuple[int, int]) -> Bits:
+        """Exact bits of a matrix of that shape, padding included."""
+        ...
+
+    def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedGrid":
+        """Parameters for one target; ``importance`` is the mean square of each input (diag H)."""
+        ...
+
+
+@runtime_checkable
+class FittedGrid(Protocol):
+    """A grid with parameters for one matrix, already rounded to the dtype they are stored in."""
+
+    @property
+    def grid(self) -> Grid: ...  # noqa: D102
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def affine(self) -> Affine | None: ...  # noqa: D102
+
+    def new_code(self) -> Tensor:
+        """An empty code tensor; the layout is the grid's own."""
+        ...
+
+    def encode_(
+        self, code: Tensor, values: Float[Tensor, "out k"], columns: Int[Tensor, " k"]
+    ) -> Float[Tensor, "out k"]:
+        """Write the codes of whole tiles of columns into ``code`` and return what they decode to."""
+        ...
+
+    def encode(self, values: Float[Tensor, "out in"]) -> Tensor:
+        """The nearest codes of a whole matrix."""
+        ...
+
+    def feed_(
+        self,
+        code: Tensor,
+        work: Float[Tensor, "out k"],
+        upper: Float[Tensor, "k k"],
+        columns: Int[Tensor, " k"],
+    ) -> Float[Tensor, "out k"]:
+        """Round tiles of columns in turn, feeding each error forward: `mezzotint.grids.feedback.feed_tiles_`."""
+        ...
+
+    def decode(self, code: Tensor) -> Float[Tensor, "out in"]:
+        """The values that the codes stand for."""
+        ...
+
+    def take_rows(self, rows: slice) -> "FittedGrid":
+        """The same grid for some rows (multiples of ``tile[0]``): how ranks share a matrix."""
+        ...
+
+    def scaled(self, factor: float) -> "FittedGrid":
+        """The grid of ``factor`` times the values."""
+        ...
+
+    def refit(self, code: Tensor, q: Quadratic) -> "FittedGrid | None":
+        """Better parameters for given codes, or None if nothing can be refitted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """Codes with the grid they belong to.
+
+    Attributes:
+        value: what the codes decode to, ``[out, in]``.
+        before: the values at the moment of rounding: plain rounding of them gives the codes.
+    """
+
+    code: Tensor
+    grid: FittedGrid
+    value: Float[Tensor, "out in"]
+    before: Float[Tensor, "out in"] | None = None
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """Chooses the codes, given target, grid and statistics.
+
+    Attributes:
+        needs: field names of Statistics it reads.
+        accepts_corrected: may be given an aim that already contains the correction for upstream error.
+        scalar_only: serves grids of tile (1, 1) only.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    accepts_corrected: ClassVar[bool]
+    scalar_only: ClassVar[bool]
+
+    def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
+        """Codes for the aim on that grid."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """One matrix as it is stored: codes, grid parameters, basis."""
+
+    shape: tuple[int, int]
+    code: Tensor
+    grid: FittedGrid
+    basis: Basis | None = None
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """The matrix that engines compute with, padding cut off."""
+        value = self.grid.decode(self.code)
+        if self.basis is not None:
+            value = self.basis.inverse(value)
+        rows, columns = self.shape
+        return value[:rows, :columns].to(dtype)
+
+    def bits(self) -> Bits:
+        """Exact bits, the basis included."""
+        code, side = self.grid.grid.stored_bits(self.shape)
+        stored = {} if self.basis is None else self.basis.stored
+        return Bits(code, side + sum(t.numel() * t.element_size() * 8 for t in stored.values()))

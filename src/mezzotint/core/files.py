@@ -1,0 +1,136 @@
+"""Plans and files: what will be done to each matrix, and how results become named tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mezzotint.core.contracts import Bits, Grid, QuantizedWeight, Rounding, Target, Transform
+from mezzotint.core.structure import Matrix, ModelMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What will be done to one matrix, and why."""
+
+    matrix: str
+    block: int | None
+    target: Target
+    transform: Transform | None
+    grid: Grid
+    rounding: Rounding
+    bits: Bits
+    because: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that this entry must have."""
+        transform = frozenset[str]() if self.transform is None else self.transform.needs
+        return self.target.needs | self.rounding.needs | self.grid.needs | transform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before any weight is read.
+
+    Attributes:
+        entries: matrices that are quantized, in running order.
+        kept: matrices that stay as they are, with the reason.
+        bytes: of the output's tensors.
+        fingerprint: of everything that determines the result; a run resumes only under the same one.
+    """
+
+    entries: tuple[Entry, ...]
+    kept: Mapping[str, str]
+    format: str
+    engine: str | None
+    bytes: int
+    peak_memory_bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a format cannot hold an entry.
+
+    Attributes:
+        rule: short name of the rule, e.g. ``ragged-group``.
+        nearest: the closest grid that it can hold, if there is one.
+    """
+
+    rule: str
+    what: str
+    value: str
+    limit: str
+    remedy: str
+    nearest: Grid | None = None
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.value}; {self.limit}. {self.remedy} [{self.rule}]"
+
+
+class TensorSpec(NamedTuple):
+    """Name, dtype and shape of a tensor that will be written: what a file's header needs."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * self.dtype.itemsize
+
+
+@runtime_checkable
+class Format(Protocol):
+    """Named tensors of quantized matrices, both ways, and the rules of the engines that read them."""
+
+    name: ClassVar[str]
+
+    def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
+        """The first rule that this entry breaks, or None."""
+        ...
+
+    def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
+        """Rules about several matrices at once: fused classes, mixes."""
+        ...
+
+    def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+        """What ``tensors`` will give, known without weights; ``dtype`` is the checkpoint's."""
+        ...
+
+    def tensors(self, matrix: Matrix, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors that store the matrix."""
+        ...
+
+    def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+        """The inverse of ``tensors``."""
+        ...
+
+    def config(self, plan: Plan, model: ModelMap) -> Mapping[str, object] | None:
+        """The ``quantization_config`` of config.json, or None."""
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Writes tensors of a known list as they come."""
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write one tensor of the list."""
+        ...
+
+    def copy(self, name: str, path: Path, offset: int) -> None:
+        """Copy the bytes of one tensor of the list from a file, unchanged."""
+        ...
+
+    def close(self) -> None:
+        """Check that every tensor of the list was written, and sync the files."""
+        ...

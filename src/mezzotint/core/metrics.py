@@ -1,0 +1,144 @@
+"""Measures of loss: of token distributions (nats), of values (decibels) and of a linear's output (relative).
+
+Everything is computed in float32 or wider; float64 input gives float64 results.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def kl_nats(
+    reference_logits: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
+) -> Float[Tensor, " tokens"]:
+    """KL divergence of two next-token distributions, in nats per token.
+
+        KL(p || q) = sum p (log p - log q) + (sum q - sum p),   p = softmax(reference_logits), q = softmax(logits)
+
+    The last two sums cancel in exact arithmetic. In floating point they also cancel, to first order, the error of the
+    two normalisations, which for close distributions is as large as the divergence itself. Three temporaries of the
+    size of the logits live at once. Tokens that the reference excludes (logit ``-inf``) contribute nothing.
+
+    Args:
+        reference_logits: of p, ``[tokens, vocab]``, any floating dtype.
+        logits: of q, the same shape.
+
+    Returns:
+        ``[tokens]``, float32 or wider; at least 0 up to rounding; ``inf`` where q excludes what p does not.
+
+    Example:
+        >>> kl_nats(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3.0)]]))
+        tensor([0.1438])
+    """
+    dtype = _wide(reference_logits, logits)
+    log_ratio = torch.log_softmax(reference_logits, dim=-1, dtype=dtype)
+    log_q = torch.log_softmax(logits, dim=-1, dtype=dtype)
+    p = log_ratio.exp()
+    log_ratio.sub_(log_q)
+    mass = log_q.exp_().sum(dim=-1) - p.sum(dim=-1)
+    log_ratio.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, where the logarithms give inf or nan
+    return p.mul_(log_ratio).sum(dim=-1) + mass
+
+
+def token_nll(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Negative log likelihood of each target, in nats: ``logsumexp(logits) - logits[target]``.
+
+    Args:
+        logits: ``[tokens, vocab]``, any floating dtype.
+        targets: ``[tokens]``, ids in ``0 .. vocab - 1``.
+
+    Returns:
+        ``[tokens]``, float32 or wider.
+
+    Example:
+        >>> token_nll(torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([1]))
+        tensor([0.2877])
+    """
+    wide = logits.to(_wide(logits))
+    chosen = wide.gather(-1, targets.to(torch.int64).unsqueeze(-1)).squeeze(-1)
+    return wide.logsumexp(dim=-1) - chosen
+
+
+def perplexity(nll_sum: float, tokens: int) -> float:
+    """``exp(nll_sum / tokens)``; ``inf`` where that is beyond a float.
+
+    Args:
+        nll_sum: sum of the negative log likelihoods, in nats.
+        tokens: how many there were; at least 1.
+
+    Raises:
+        ValueError: there were no tokens.
+
+    Example:
+        >>> round(perplexity(2 * math.log(8.0), 2), 6)
+        8.0
+    """
+    if tokens < 1:
+        raise ValueError(f"perplexity of {tokens} tokens is undefined; score at least 1")
+    try:
+        return math.exp(nll_sum / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def sqnr_db(reference: Float[Tensor, "..."], value: Float[Tensor, "..."]) -> float:
+    """Signal to quantization noise, ``10 log10(|reference|^2 / |reference - value|^2)``, in decibels.
+
+    Args:
+        reference: what was to be stored, any shape.
+        value: what was stored, the same shape.
+
+    Returns:
+        Decibels; ``inf`` without noise, ``-inf`` when there is noise and no signal.
+
+    Example:
+        >>> round(sqnr_db(torch.tensor([1.0, 1.0]), torch.tensor([1.1, 0.9])), 2)
+        20.0
+    """
+    wide = reference.to(_wide(reference, value))
+    signal = float(wide.square().sum())
+    noise = float((wide - value).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def h_error(weight: Float[Tensor, "out in"], value: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+    """Squared error of a linear's output relative to its energy (the GPTQ objective, normalised).
+
+        tr((V - W) gram (V - W)') / tr(W gram W')
+
+    Args:
+        weight: W, ``[out, in]``.
+        value: V, what stands in its place, ``[out, in]``.
+        gram: sum of ``x x'`` over the tokens, ``[in, in]``; any positive multiple gives the same.
+
+    Returns:
+        At least 0 up to rounding; 0 when neither has energy, ``inf`` when only the error has.
+
+    Example:
+        >>> h_error(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.eye(2))
+        0.25
+    """
+    dtype = _wide(weight, value, gram)
+    wide, metric = weight.to(dtype), gram.to(dtype)
+    error = _energy(value.to(dtype) - wide, metric)
+    energy = _energy(wide, metric)
+    if energy > 0:
+        return error / energy
+    return math.inf if error > 0 else 0.0
+
+
+def _energy(matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+    """``tr(M gram M')``."""
+    return float(((matrix @ gram) * matrix).sum())
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """Float32, or float64 if one of the tensors is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

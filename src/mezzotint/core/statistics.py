@@ -1,0 +1,155 @@
+"""What calibration tells about the inputs of a linear: sums over tokens, streamed and merged.
+
+MATH.md section 0: ``gram = sum w xh xh'``, ``drift = sum w (x - xh) xh'``, ``residual = sum w (r - rh) xh'``.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mezzotint.core.linalg import Factor, cholesky_upper, inverse_cholesky_upper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Sums (not means) over the same weighted tokens, float32 or wider.
+
+    Attributes:
+        tokens: sum of token weights.
+        gram: ``sum w xh xh'``; the Hessian is ``gram / tokens``.
+        drift: ``sum w (x - xh) xh'``.
+        residual: ``sum w (r - rh) xh'``.
+        mean_abs: ``sum w |xh|``.
+    """
+
+    tokens: float
+    gram: Float[Tensor, "in in"]
+    drift: Float[Tensor, "in in"] | None = None
+    residual: Float[Tensor, "out in"] | None = None
+    mean_abs: Float[Tensor, " in"] | None = None
+    # not an argument: `dataclasses.replace` must not carry factors of other sums over
+    _factors: dict[tuple[float, str, int], Factor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def isotropic(cls, width: int, like: Tensor) -> "Statistics":
+        """Inputs of unit variance in every direction: what to assume when nothing is known.
+
+        With these, GPTQ is rounding to nearest and a weighted range is a plain one.
+        """
+        return cls(tokens=1.0, gram=torch.eye(width, dtype=like.dtype, device=like.device))
+
+    @property
+    def importance(self) -> Float[Tensor, " in"]:
+        """Mean square of each input, the diagonal of the Hessian."""
+        return self.gram.diagonal() / (self.tokens or 1.0)
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Statistics of both sets of tokens; associative up to rounding.
+
+        Raises:
+            ValueError: one has a field that the other lacks.
+        """
+        merged: dict[str, Tensor | float | None] = {"tokens": self.tokens + other.tokens}
+        for name in ("gram", "drift", "residual", "mean_abs"):
+            a, b = getattr(self, name), getattr(other, name)
+            if (a is None) != (b is None):
+                raise ValueError(f"cannot merge statistics: {name!r} is in one of them only; collect it in both")
+            merged[name] = None if a is None else a + b
+        return Statistics(**merged)  # type: ignore[arg-type]
+
+    def scaled(self, factor: float) -> "Statistics":
+        """Every sum times ``factor``, the token count unchanged."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value * factor for name, value in changed.items()})
+
+    def order(self, kind: str, tile: int = 1) -> Int[Tensor, " in"] | None:
+        """Visiting order of the columns: None for ``natural``, decreasing importance of whole tiles for ``diagonal``."""
+        if kind == "natural":
+            return None
+        tiles = torch.argsort(self.gram.diagonal().view(-1, tile).sum(1), descending=True, stable=True)
+        return (tiles[:, None] * tile + torch.arange(tile, device=tiles.device)).flatten()
+
+    def factor(self, damping: float, order: str = "natural", tile: int = 1) -> Factor:
+        """Cached factor of the damped Hessian, see `inverse_cholesky_upper`."""
+        key = (damping, order, tile)
+        if key not in self._factors:
+            permutation = self.order(order, tile)
+            self._factors[key] = inverse_cholesky_upper(self.gram, damping=damping, permutation=permutation)
+        return self._factors[key]
+
+    def solve(self, right: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
+        """``right (gram + damping * mean(diag) I)^-1``; the Cholesky factor is cached.
+
+        Raises:
+            NotPositiveDefiniteError: names the column at which the factorisation broke down.
+        """
+        key = (damping, "ridge", 1)
+        if key not in self._factors:
+            self._factors[key] = Factor(upper=cholesky_upper(self.gram, damping), permutation=None)
+        return torch.cholesky_solve(right.t(), self._factors[key].upper, upper=True).t()
+
+
+class Accumulator:
+    """Streams batches of inputs into `Statistics`.
+
+    Args:
+        width: number of input columns.
+        needs: which optional sums to keep besides ``gram``: of ``drift``, ``residual``, ``mean_abs``.
+        rows: number of output rows, for ``residual``.
+        device: where the sums live.
+        dtype: of the sums; float32 or wider.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        needs: frozenset[str],
+        *,
+        rows: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tokens = 0.0
+        self.gram = torch.zeros(width, width, dtype=dtype, device=device)
+        self.drift = torch.zeros(width, width, dtype=dtype, device=device) if "drift" in needs else None
+        self.residual = torch.zeros(rows, width, dtype=dtype, device=device) if "residual" in needs else None
+        self.mean_abs = torch.zeros(width, dtype=dtype, device=device) if "mean_abs" in needs else None
+
+    def add(
+        self,
+        quantized: Float[Tensor, "tokens in"],
+        *,
+        original: Float[Tensor, "tokens in"] | None = None,
+        residual: Float[Tensor, "tokens out"] | None = None,
+        weights: Float[Tensor, " tokens"] | None = None,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            quantized: inputs that the quantized prefix really produces (xh).
+            original: inputs of the full-precision model (x), for ``drift``.
+            residual: difference of the residual streams (r - rh), for ``residual``.
+            weights: one non-negative weight a token; None means one each. Zero leaves a token out (padding).
+        """
+        xh = quantized.to(self.gram.dtype)
+        weighted = xh if weights is None else xh * weights.to(xh.dtype).unsqueeze(-1)
+        self.tokens += float(xh.shape[0] if weights is None else weights.sum())
+        self.gram.addmm_(weighted.t(), xh)
+        if self.drift is not None and original is not None:
+            self.drift.addmm_((original.to(xh.dtype) - xh).t(), weighted)
+        if self.residual is not None and residual is not None:
+            self.residual.addmm_(residual.to(xh.dtype).t(), weighted)
+        if self.mean_abs is not None:
+            self.mean_abs.add_(weighted.abs().sum(0))
+
+    def finish(self) -> Statistics:
+        """The sums so far (not copied)."""
+        return Statistics(
+            tokens=self.tokens,
+            gram=self.gram,
+            drift=self.drift,
+            residual=self.residual,
+            mean_abs=self.mean_abs,
+        )

@@ -1,0 +1,127 @@
+"""A model as data: what is quantized, in which order it runs, and what is connected to what. Holds no weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """Unit of rounding, allocation and storage: a stored matrix, never a piece of one.
+
+    Attributes:
+        name: canonical and unique, e.g. ``model.layers.3.mlp.experts.down_proj[5]``, ``lm_head``.
+        parameter: name in the module, e.g. ``model.layers.3.mlp.experts.down_proj``.
+        sources: tensor names in the checkpoint; results are written back under these.
+        shape: ``(out, in)`` without padding.
+        expert: index into a 3-D parameter.
+        transposed: stored ``[in, out]`` (Conv1D of GPT-2, gpt-oss experts).
+        linear: stored as the weight of an ``nn.Linear``; packed formats of stock engines hold nothing else.
+        bias: name of the bias parameter.
+        tied_to: parameter this one shares storage with; counted once, quantized once or kept.
+        fusion: engines that fuse store one scheme for all matrices of a class: ``3.qkv``, ``3.gate_up``, ``3.experts``.
+    """
+
+    name: str
+    parameter: str
+    sources: tuple[str, ...]
+    shape: tuple[int, int]
+    expert: int | None = None
+    transposed: bool = False
+    linear: bool = True
+    bias: str | None = None
+    tied_to: str | None = None
+    fusion: str
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The matrix as ``[out, in]``: a view of its parameter's tensor."""
+        piece = parameter if self.expert is None else parameter[self.expert]
+        return piece.t() if self.transposed else piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """Rows of a matrix that play one part; fused and interleaved layouts are an index, never a copy.
+
+    Attributes:
+        rows: gives the row indices; ``None`` means all rows (NeoX: per head; Phi3: a run).
+        head_dim: rows per head of q, k and v.
+    """
+
+    kind: Literal["q", "k", "v", "o", "gate", "up", "down"]
+    matrix: str
+    rows: Callable[[], Int[Tensor, " rows"]] | None = None
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormEdge:
+    """A normalisation that feeds an input group, where scales of its input columns can be folded.
+
+    Attributes:
+        parameter: name of the gain.
+        gain: ``w`` when the output is multiplied by the gain, ``1+w`` when by one plus the gain (Gemma).
+        has_mean: subtracts the mean (LayerNorm).
+        has_bias: adds a bias.
+    """
+
+    parameter: str
+    gain: Literal["w", "1+w"]
+    has_mean: bool
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputGroup:
+    """Matrices that receive the same tensor, in running order; they share one set of statistics.
+
+    Attributes:
+        matrices: names; of experts all those that run at this point (each has its own tokens).
+        parameters: names of the parameters that hold them, in running order.
+        norm: the normalisation whose output is the input, if there is one.
+        added_to_residual: the output is added unchanged to the residual stream (false under post-norms).
+        experts: tokens differ per member, and so do the statistics.
+    """
+
+    matrices: tuple[str, ...]
+    parameters: tuple[str, ...]
+    norm: NormEdge | None = None
+    added_to_residual: bool = False
+    experts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One transformer layer: where it is, what is in it and in which order it runs."""
+
+    index: int
+    path: str
+    groups: tuple[InputGroup, ...]
+    roles: tuple[Role, ...]
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMap:
+    """A model as data: blocks, matrices and what surrounds them. Holds no weights.
+
+    Attributes:
+        blocks: in running order.
+        matrices: every matrix of every block, and the head, by canonical name.
+        embedding: parameter name of the token embedding.
+        head: canonical name of the output head's matrix (``tied_to`` says if it shares the embedding), or None.
+        final_norm: the normalisation before the head.
+        parallel_residual: attention and MLP read the same stream and are added to it together.
+        unmapped: parameters of blocks with two or more axes that no linear of the map holds, with the reason they are kept.
+    """
+
+    blocks: tuple[Block, ...]
+    matrices: Mapping[str, Matrix]
+    embedding: str
+    head: str | None
+    final_norm: NormEdge | None
+    parallel_residual: bool
+    unmapped: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Which values codes can stand for: fit, encode, decode."""

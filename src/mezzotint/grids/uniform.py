@@ -1,0 +1,190 @@
+"""Uniform integer grid: ``value = scale * (code - zero_point)`` with one scale per group of columns of a row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mezzotint import kernels
+from mezzotint.core.contracts import Affine, Bits, FittedGrid, Quadratic
+from mezzotint.errors import ConfigError
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_AUTO_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniformGrid:
+    """Settings of the uniform grid.
+
+    Attributes:
+        bits: of one code, 2 to 8.
+        group_size: input columns per scale; None is one group a row; ``auto`` the largest of 128, 64, 32 that
+            divides the width, else None. The last group may be shorter.
+        symmetric: zero point fixed at ``2^(bits-1)``; otherwise each group has its own integer zero point.
+        range: how a group's scale and zero point are chosen: ``minmax``; ``error``, the smallest squared error over
+            shrunken ranges; ``weighted``, the same weighted by the mean square of each input (diag H).
+        scale_dtype: dtype the scales are stored in, and rounded to before codes are chosen; ``auto`` is the checkpoint's.
+    """
+
+    kind: ClassVar[str] = "uniform"
+    bits: int = 4
+    group_size: int | None | Literal["auto"] = "auto"
+    symmetric: bool = False
+    range: Literal["minmax", "error", "weighted"] = "weighted"
+    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ConfigError(f"grid.bits is {self.bits}; the uniform grid takes 2 to 8. Choose one of these.")
+        if isinstance(self.group_size, int) and self.group_size < 1:
+            raise ConfigError(
+                f"grid.group_size is {self.group_size}; it must be at least 1. Use null for one group a row, or auto."
+            )
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)
+    multiple: ClassVar[tuple[int, int]] = (1, 1)
+    pads: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """``gram`` for the weighted range."""
+        return frozenset({"gram"}) if self.range == "weighted" else frozenset()
+
+    def resolve(self, shape: tuple[int, int], dtype: torch.dtype) -> "UniformGrid":
+        """The grid with every ``auto`` decided for a matrix of that shape in a checkpoint of that dtype."""
+        group_size = self.group_size
+        if group_size == "auto":
+            group_size = next((g for g in _AUTO_GROUPS if shape[1] % g == 0), None)
+        scale_dtype = self.scale_dtype
+        if scale_dtype == "auto":
+            scale_dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32")
+        return replace(self, group_size=group_size, scale_dtype=scale_dtype)
+
+    def columns_per_group(self, width: int) -> int:
+        """Columns of a full group of a matrix of that width."""
+        if self.group_size == "auto":
+            raise ConfigError("grid.group_size is still 'auto'; call resolve(shape, dtype) first.")
+        return width if self.group_size is None else min(self.group_size, width)
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of the stored scales."""
+        if self.scale_dtype == "auto":
+            raise ConfigError("grid.scale_dtype is still 'auto'; call resolve(shape, dtype) first.")
+        return _DTYPES[self.scale_dtype]
+
+    def stored_bits(self, shape: tuple[int, int]) -> Bits:
+        """Codes, scales and (asymmetric) zero points."""
+        rows, columns = shape
+        groups = rows * -(-columns // self.columns_per_group(columns))
+        per_group = self.storage_dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
+        return Bits(code=rows * columns * self.bits, side=groups * per_group)
+
+    def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedUniform":
+        """Scales and zero points for one target, by the setting ``range``.
+
+        Raises:
+            ConfigError: the range is weighted and there is no importance.
+        """
+        if self.range == "weighted" and importance is None:
+            raise ConfigError("grid.range is 'weighted' but there are no statistics; use 'error' or 'minmax' instead.")
+        size = self.columns_per_group(target.shape[1])
+        if self.range == "minmax":
+            scale, zero_point = kernels.min_max_range(
+                target, size, self.bits, symmetric=self.symmetric, scale_dtype=self.storage_dtype
+            )
+        else:
+            scale, zero_point = kernels.search_range(
+                target,
+                size,
+                self.bits,
+                symmetric=self.symmetric,
+                importance=importance if self.range == "weighted" else None,
+                scale_dtype=self.storage_dtype,
+            )
+        return FittedUniform(grid=self, shape=(target.shape[0], target.shape[1]), scale=scale, zero_point=zero_point)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedUniform:
+    """Uniform grid with the parameters of one matrix; codes are ``uint8 [out, in]``.
+
+    Attributes:
+        scale: ``[out, groups]`` float32, values that the storage dtype represents exactly.
+        zero_point: ``[out, groups]`` float32, integers from 0 to ``2^bits - 1``.
+    """
+
+    grid: UniformGrid
+    shape: tuple[int, int]
+    scale: Float[Tensor, "out groups"]
+    zero_point: Float[Tensor, "out groups"]
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Scale and zero point."""
+        return {"scale": self.scale, "zero_point": self.zero_point}
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a full group."""
+        return self.grid.columns_per_group(self.shape[1])
+
+    @property
+    def affine(self) -> Affine:
+        """``value = scale * code - scale * zero_point``."""
+        return Affine(self.scale, -self.scale * self.zero_point, self.group_size)
+
+    def new_code(self) -> UInt8[Tensor, "out in"]:
+        """An empty code tensor."""
+        return torch.empty(self.shape, dtype=torch.uint8, device=self.scale.device)
+
+    def encode_(
+        self, code: UInt8[Tensor, "out in"], values: Float[Tensor, "out k"], columns: Int[Tensor, " k"]
+    ) -> Float[Tensor, "out k"]:
+        """Write the nearest codes into ``code[:, columns]`` and return what they decode to."""
+        scale, zero_point = self._of_columns(columns)
+        piece = kernels.affine_encode(values, scale, zero_point, 1, self.grid.bits)
+        code.index_copy_(1, columns, piece)
+        return kernels.affine_decode(piece, scale, zero_point, 1)
+
+    def encode(self, values: Float[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
+        """The nearest codes of a whole matrix, of any floating dtype."""
+        return kernels.affine_encode(values, self.scale, self.zero_point, self.group_size, self.grid.bits)
+
+    def feed_(
+        self,
+        code: UInt8[Tensor, "out in"],
+        work: Float[Tensor, "out k"],
+        upper: Float[Tensor, "k k"],
+        columns: Int[Tensor, " k"],
+    ) -> Float[Tensor, "out k"]:
+        """`feed_tiles_` for this grid, in one call of the compiled kernel."""
+        scale, zero_point = self._of_columns(columns)
+        piece, error = kernels.gptq_block_(work, upper, scale, zero_point, self.grid.bits)
+        code.index_copy_(1, columns, piece)
+        return error
+
+    def decode(self, code: UInt8[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """``scale * (code - zero_point)``."""
+        return kernels.affine_decode(code, self.scale, self.zero_point, self.group_size)
+
+    def take_rows(self, rows: slice) -> "FittedUniform":
+        """The grid of some rows."""
+        scale = self.scale[rows]
+        return replace(self, shape=(scale.shape[0], self.shape[1]), scale=scale, zero_point=self.zero_point[rows])
+
+    def scaled(self, factor: float) -> "FittedUniform":
+        """The grid of ``factor`` times the values."""
+        return replace(self, scale=self.scale * factor)
+
+    def refit(self, code: Tensor, q: Quadratic) -> FittedGrid | None:
+        """Scales are not refitted for given codes."""
+        return None
+
+    def _of_columns(self, columns: Int[Tensor, " k"]) -> tuple[Float[Tensor, "out k"], Float[Tensor, "out k"]]:
+        groups = columns // self.group_size
+        return self.scale.index_select(1, groups), self.zero_point.index_select(1, groups)

@@ -1,0 +1,23 @@
+"""Inner loops over codes: C++ for tensors on the CPU, plain torch (`reference`) for any other device and for float64.
+
+The C++ is built for several instruction sets and the best one is chosen at run time; all of them and the reference give
+the same bits, whatever the number of threads.
+"""
+
+from mezzotint.kernels._dispatch import available_levels
+from mezzotint.kernels.affine import affine_decode, affine_encode, min_max
+from mezzotint.kernels.gptq import gptq_block_
+from mezzotint.kernels.packing import pack_bits, unpack_bits
+from mezzotint.kernels.ranges import min_max_range, search_range
+
+__all__ = [
+    "affine_decode",
+    "affine_encode",
+    "available_levels",
+    "gptq_block_",
+    "min_max",
+    "min_max_range",
+    "pack_bits",
+    "search_range",
+    "unpack_bits",
+]

@@ -1,0 +1,95 @@
+"""Which calls the C++ kernels take, and in what shape they want their tensors."""
+
+import torch
+from torch import Tensor
+
+from mezzotint.errors import ConfigError
+from mezzotint.kernels import _native
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def available_levels() -> tuple[str, ...]:
+    """Instruction sets this processor can run, slowest first: ``portable``, ``avx2``, ``avx512``.
+
+    Example:
+        >>> available_levels()[0]
+        'portable'
+    """
+    return tuple(_native.available_levels())
+
+
+def takes_native(level: str | None, *tensors: Tensor | None) -> bool:
+    """Whether the C++ kernels can work on these tensors: all on the CPU and none of float64.
+
+    Raises:
+        ConfigError: a level was asked for by name and the tensors, or this processor, do not allow it.
+    """
+    native = all(t is None or (t.device.type == "cpu" and t.dtype != torch.float64) for t in tensors)
+    if level is None:
+        return native
+    if level not in available_levels():
+        raise ConfigError(
+            f"level {level!r} is not one of {', '.join(available_levels())} on this processor; leave it out."
+        )
+    if not native:
+        raise ConfigError(f"level {level!r} is for tensors on the CPU that are not float64; leave it out.")
+    return True
+
+
+def thread_count(threads: int | None) -> int:
+    """Threads to use: as many as torch uses, unless the caller says.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}; use at least 1.")
+    return torch.get_num_threads() if threads is None else threads
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """The tensor as contiguous float32, without a copy when it is that already."""
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def as_native_values(tensor: Tensor) -> Tensor:
+    """Contiguous float32, bfloat16 or float16: 16-bit values are widened inside the kernel, element by element."""
+    return tensor.detach().contiguous() if tensor.dtype in _HALVES else as_float32(tensor)
+
+
+def check_bits(bits: int, lowest: int = 1) -> None:
+    """Refuses bits outside ``lowest ... 8``: a code is a byte.
+
+    Raises:
+        ConfigError: with the value and the limits.
+    """
+    if not lowest <= bits <= 8:
+        raise ConfigError(f"bits is {bits}; use {lowest} to 8.")
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups in a row; the last one may be shorter.
+
+    Raises:
+        ConfigError: group_size is not positive.
+
+    Example:
+        >>> group_count(100, 64)
+        2
+    """
+    if group_size < 1:
+        raise ConfigError(
+            f"group_size is {group_size}; use at least 1, or the number of columns for one group per row."
+        )
+    return -(-columns // group_size)
+
+
+def check_group_shape(name: str, tensor: Tensor, rows: int, groups: int) -> None:
+    """Refuses a per-group tensor that is not ``[rows, groups]``.
+
+    Raises:
+        ConfigError: with both shapes.
+    """
+    if tuple(tensor.shape) != (rows, groups):
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; these groups need ({rows}, {groups}).")

@@ -1,0 +1,44 @@
+from torch import Tensor
+
+def available_levels() -> list[str]: ...
+def pack(code: Tensor, packed: Tensor, bits: int, threads: int, level: str) -> bool: ...
+def unpack(packed: Tensor, code: Tensor, bits: int, threads: int, level: str) -> None: ...
+def encode(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    code: Tensor,
+    group_size: int,
+    bits: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def decode(
+    code: Tensor, scale: Tensor, zero_point: Tensor, decoded: Tensor, group_size: int, threads: int, level: str
+) -> None: ...
+def min_max(values: Tensor, lowest: Tensor, highest: Tensor, group_size: int, threads: int, level: str) -> None: ...
+def search(
+    values: Tensor,
+    importance: Tensor | None,
+    fractions: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bits: int,
+    span: int,
+    symmetric: bool,
+    dropped_bits: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def gptq(
+    work: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    code: Tensor,
+    error: Tensor,
+    bits: int,
+    threads: int,
+    level: str,
+) -> None: ...

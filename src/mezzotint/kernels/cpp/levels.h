@@ -1,0 +1,86 @@
+// What module.cpp asks of each build of kernels.cpp: plain functions on raw pointers for a run of rows.
+//
+// kernels.cpp is compiled with wider instruction sets than the rest, so nothing with vague linkage (a template or an
+// inline function of the standard library) may be emitted there: the linker would keep one copy for everybody, perhaps
+// the one that this processor cannot run. Threads and memory therefore belong to module.cpp.
+#pragma once
+#include <cstdint>
+
+namespace mezzotint {
+
+enum class Dtype { f32, bf16, f16 };
+
+struct Rows {
+    std::int64_t begin, end;
+};
+
+struct PackArgs {
+    std::uint8_t* code;       // [rows, n]
+    std::uint8_t* packed;     // [rows, row_bytes], little-endian bit stream
+    std::int64_t n, row_bytes;
+    int bits;
+};
+
+struct AffineArgs {
+    const void* values;       // [rows, n] of dtype (encode)
+    Dtype dtype;
+    std::uint8_t* code;       // [rows, n]
+    float* decoded;           // [rows, n] (decode)
+    const float* scale;       // [rows, groups]
+    const float* zero_point;  // [rows, groups]
+    std::int64_t n, group_size, groups;
+    float top;                // 2^bits - 1
+};
+
+struct MinMaxArgs {
+    const void* values;       // [rows, n] of dtype
+    Dtype dtype;
+    float* lowest;            // [rows, groups]
+    float* highest;           // [rows, groups]
+    std::int64_t n, group_size, groups;
+};
+
+struct SearchArgs {
+    const void* values;       // [rows, n] of dtype
+    Dtype dtype;
+    const float* importance;  // [groups, padded], or null; padded = group_size rounded up to 16
+    const float* fractions;   // [steps] of the full range; no steps: the range that clips nothing
+    const float* midpoints;   // [steps], symmetric only
+    float* scale;             // [rows, groups]
+    float* zero_point;        // [rows, groups]
+    std::int64_t n, group_size, groups, padded, steps;
+    int bits, span;
+    bool symmetric;
+    Dtype scale_dtype;
+    float smallest, largest;  // of a scale in scale_dtype
+};
+
+struct GptqArgs {
+    float* work;              // [rows, k]
+    const float* factor;      // [k, k], upper triangular
+    const float* scale;       // [rows, k]
+    const float* zero_point;  // [rows, k]
+    std::uint8_t* code;       // [rows, k]
+    float* error;             // [rows, k]
+    std::int64_t k;
+    float top;
+};
+
+// Floats of scratch memory each thread has to bring, aligned to 64 bytes.
+inline constexpr std::int64_t kLanes = 16;
+
+struct Kernels {
+    bool (*pack)(const PackArgs&, Rows);  // false: a code does not fit
+    void (*unpack)(const PackArgs&, Rows);
+    void (*encode)(const AffineArgs&, Rows);
+    void (*decode)(const AffineArgs&, Rows);
+    void (*min_max)(const MinMaxArgs&, Rows);
+    void (*search)(const SearchArgs&, Rows, float* scratch);  // padded + 2 * steps rounded up to 16
+    void (*gptq)(const GptqArgs&, Rows, float* scratch);      // 3 * 16 * k
+};
+
+namespace portable { Kernels table(); }
+namespace avx2 { Kernels table(); }
+namespace avx512 { Kernels table(); }
+
+}  // namespace mezzotint

@@ -1,0 +1,244 @@
+// Python's view of the kernels: checks shapes, chooses the build for this processor, divides rows among threads.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "levels.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+
+namespace mezzotint {
+namespace {
+
+template <typename T>
+using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+struct Level {
+    const char* name;
+    Kernels kernels;
+};
+
+std::vector<Level> usable_levels() {
+    std::vector<Level> found{{"portable", portable::table()}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#if defined(MEZZOTINT_HAS_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+        __builtin_cpu_supports("movbe"))
+        found.push_back({"avx2", avx2::table()});
+#endif
+#if defined(MEZZOTINT_HAS_AVX512)
+    if (found.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back({"avx512", avx512::table()});
+#endif
+#endif
+    return found;
+}
+
+const std::vector<Level>& levels() {
+    static const std::vector<Level> found = usable_levels();
+    return found;
+}
+
+const Kernels& kernels_of(const std::string& level) {
+    for (const Level& candidate : levels())
+        if (level.empty() ? &candidate == &levels().back() : level == candidate.name) return candidate.kernels;
+    throw std::invalid_argument("level '" + level + "' is not available on this processor");
+}
+
+void require(bool condition, const char* what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+template <typename A>
+std::int64_t size(const A& array, std::size_t axis) {
+    return static_cast<std::int64_t>(array.shape(axis));
+}
+
+template <typename A, typename B>
+bool same_shape(const A& a, const B& b) {
+    return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1);
+}
+
+Dtype dtype_of(const AnyMatrix& values) {
+    if (values.dtype() == nb::dtype<float>()) return Dtype::f32;
+    const nb::dlpack::dtype d = values.dtype();
+    require(d.bits == 16 && d.lanes == 1, "values have to be float32, bfloat16 or float16");
+    if (d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat)) return Dtype::bf16;
+    require(d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), "values have to be floating point");
+    return Dtype::f16;
+}
+
+// Groups of the columns, after checking that `per_group` is [rows, groups].
+template <typename A>
+std::int64_t groups_of(const A& per_group, std::int64_t rows, std::int64_t n, std::int64_t group_size) {
+    require(group_size >= 1, "group_size has to be positive");
+    const std::int64_t groups = (n + group_size - 1) / group_size;
+    require(size(per_group, 0) == rows && size(per_group, 1) == groups, "scale and zero point have to be [rows, groups]");
+    return groups;
+}
+
+float top_of(int bits) {
+    require(bits >= 1 && bits <= 8, "bits has to be 1 to 8");
+    return static_cast<float>((1 << bits) - 1);
+}
+
+PackArgs pack_args(std::uint8_t* code, std::int32_t* packed, std::int64_t n, std::int64_t words, int bits) {
+    top_of(bits);
+    require(words == (n * bits + 31) / 32, "packed has to have ceil(n * bits / 32) words a row");
+    return {code, reinterpret_cast<std::uint8_t*>(packed), n, 4 * words, bits};
+}
+
+bool pack(Matrix<const std::uint8_t> code, Matrix<std::int32_t> packed, int bits, int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    require(code.shape(0) == packed.shape(0), "code and packed have to have as many rows");
+    const std::int64_t rows = size(code, 0), n = size(code, 1);
+    const PackArgs a = pack_args(const_cast<std::uint8_t*>(code.data()), packed.data(), n, size(packed, 1), bits);
+    nb::gil_scoped_release release;
+    std::vector<char> fits(static_cast<std::size_t>(std::max(threads, 1)), 1);
+    over_rows(rows, threads, 0.5 * static_cast<double>(n), [&](Rows part, std::size_t i) { fits[i] = kernels.pack(a, part); });
+    return std::find(fits.begin(), fits.end(), 0) == fits.end();
+}
+
+void unpack(Matrix<const std::int32_t> packed, Matrix<std::uint8_t> code, int bits, int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    require(code.shape(0) == packed.shape(0), "code and packed have to have as many rows");
+    const std::int64_t rows = size(code, 0), n = size(code, 1);
+    const PackArgs a = pack_args(code.data(), const_cast<std::int32_t*>(packed.data()), n, size(packed, 1), bits);
+    nb::gil_scoped_release release;
+    over_rows(rows, threads, 0.5 * static_cast<double>(n), [&](Rows part, std::size_t) { kernels.unpack(a, part); });
+}
+
+void encode(AnyMatrix values, Matrix<const float> scale, Matrix<const float> zero_point, Matrix<std::uint8_t> code,
+            std::int64_t group_size, int bits, int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(values, 0), n = size(values, 1);
+    const std::int64_t groups = groups_of(scale, rows, n, group_size);
+    require(same_shape(scale, zero_point) && same_shape(values, code), "shapes of values, code, scale, zero point differ");
+    const AffineArgs a{values.data(), dtype_of(values), code.data(), nullptr, scale.data(), zero_point.data(),
+                       n, group_size, groups, top_of(bits)};
+    nb::gil_scoped_release release;
+    over_rows(rows, threads, 0.5 * static_cast<double>(n), [&](Rows part, std::size_t) { kernels.encode(a, part); });
+}
+
+void decode(Matrix<const std::uint8_t> code, Matrix<const float> scale, Matrix<const float> zero_point,
+            Matrix<float> decoded, std::int64_t group_size, int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(code, 0), n = size(code, 1);
+    const std::int64_t groups = groups_of(scale, rows, n, group_size);
+    require(same_shape(scale, zero_point) && same_shape(code, decoded), "shapes of values, code, scale, zero point differ");
+    const AffineArgs a{nullptr, Dtype::f32, const_cast<std::uint8_t*>(code.data()), decoded.data(), scale.data(),
+                       zero_point.data(), n, group_size, groups, 0.0f};
+    nb::gil_scoped_release release;
+    over_rows(rows, threads, 0.5 * static_cast<double>(n), [&](Rows part, std::size_t) { kernels.decode(a, part); });
+}
+
+void min_max(AnyMatrix values, Matrix<float> lowest, Matrix<float> highest, std::int64_t group_size, int threads,
+             const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(values, 0), n = size(values, 1);
+    const std::int64_t groups = groups_of(lowest, rows, n, group_size);
+    require(same_shape(lowest, highest), "lowest and highest have to have one shape");
+    const MinMaxArgs a{values.data(), dtype_of(values), lowest.data(), highest.data(), n, group_size, groups};
+    nb::gil_scoped_release release;
+    over_rows(rows, threads, 0.3 * static_cast<double>(n), [&](Rows part, std::size_t) { kernels.min_max(a, part); });
+}
+
+// Importance by group, each group padded to whole lanes: what the kernel reads beside its padded values.
+std::vector<float> padded_groups(const Vector<const float>& importance, const SearchArgs& a) {
+    std::vector<float> out(static_cast<std::size_t>(a.groups * a.padded), 0.0f);
+    for (std::int64_t j = 0; j < a.n; ++j)
+        out[static_cast<std::size_t>(j / a.group_size * a.padded + j % a.group_size)] = importance.data()[j];
+    return out;
+}
+
+void search(AnyMatrix values, nb::object importance, Matrix<const float> fractions, Matrix<float> scale,
+            Matrix<float> zero_point, std::int64_t group_size, int bits, int span, bool symmetric, int dropped_bits,
+            int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(values, 0), n = size(values, 1);
+    SearchArgs a{};
+    a.groups = groups_of(scale, rows, n, group_size);
+    require(same_shape(scale, zero_point), "scale and zero point have to have one shape");
+    require(size(fractions, 0) == 2, "fractions has to be [2, steps]");
+    require(span >= 0, "span has to be 0 or more");
+    require(dropped_bits == 0 || dropped_bits == 13 || dropped_bits == 16, "unknown dtype of scales");
+    top_of(bits);
+    a.values = values.data(), a.dtype = dtype_of(values);
+    a.n = n, a.group_size = group_size, a.steps = size(fractions, 1);
+    a.padded = (std::min(group_size, n) + kLanes - 1) / kLanes * kLanes;
+    a.fractions = fractions.data(), a.midpoints = fractions.data() + a.steps;
+    a.scale = scale.data(), a.zero_point = zero_point.data();
+    a.bits = bits, a.span = span, a.symmetric = symmetric;
+    a.scale_dtype = dropped_bits == 0 ? Dtype::f32 : dropped_bits == 16 ? Dtype::bf16 : Dtype::f16;
+    a.smallest = dropped_bits == 13 ? 0x1p-14f : std::numeric_limits<float>::min();
+    a.largest = dropped_bits == 13 ? 65504.0f : dropped_bits == 16 ? 0x1.fep127f : std::numeric_limits<float>::max();
+    std::vector<float> weights;
+    if (!importance.is_none()) {
+        const auto vector = nb::cast<Vector<const float>>(importance, false);
+        require(size(vector, 0) == n, "importance has to have a value per column");
+        weights = padded_groups(vector, a);
+        a.importance = weights.data();
+    }
+    const double candidates = static_cast<double>(3 + a.steps * (symmetric ? 2 : 2 * span + 1));
+    nb::gil_scoped_release release;
+    over_rows(rows, threads, 0.1 * candidates * static_cast<double>(n), [&](Rows part, std::size_t) {
+        const Scratch scratch(a.padded + 2 * a.steps);
+        kernels.search(a, part, scratch.get());
+    });
+}
+
+void gptq(Matrix<float> work, Matrix<const float> factor, Matrix<const float> scale, Matrix<const float> zero_point,
+          Matrix<std::uint8_t> code, Matrix<float> error, int bits, int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(work, 0), k = size(work, 1);
+    require(size(factor, 0) == k && size(factor, 1) == k, "factor has to be [k, k]");
+    require(same_shape(work, scale) && same_shape(work, zero_point) && same_shape(work, code) && same_shape(work, error),
+            "scale, zero point, code and error have to have the shape of work");
+    const GptqArgs a{work.data(), factor.data(), scale.data(), zero_point.data(), code.data(), error.data(), k, top_of(bits)};
+    nb::gil_scoped_release release;
+    const double cost = static_cast<double>(k) * (2.0 + 0.05 * static_cast<double>(k));
+    over_rows(rows, threads, cost, [&](Rows part, std::size_t) {
+        const Scratch scratch(3 * kLanes * k);
+        kernels.gptq(a, part, scratch.get());
+    });
+}
+
+std::vector<std::string> available_levels() {
+    std::vector<std::string> names;
+    for (const Level& level : levels()) names.emplace_back(level.name);
+    return names;
+}
+
+}  // namespace
+}  // namespace mezzotint
+
+NB_MODULE(_native, m) {
+    using namespace mezzotint;
+    m.doc() = "Kernels for the CPU; call them through mezzotint.kernels.";
+    const auto at = [](const char* name) { return nb::arg(name).noconvert(); };
+    m.def("available_levels", &available_levels);
+    m.def("pack", &pack, at("code"), at("packed"), at("bits"), at("threads"), at("level"));
+    m.def("unpack", &unpack, at("packed"), at("code"), at("bits"), at("threads"), at("level"));
+    m.def("encode", &encode, at("values"), at("scale"), at("zero_point"), at("code"), at("group_size"), at("bits"),
+          at("threads"), at("level"));
+    m.def("decode", &decode, at("code"), at("scale"), at("zero_point"), at("decoded"), at("group_size"), at("threads"),
+          at("level"));
+    m.def("min_max", &min_max, at("values"), at("lowest"), at("highest"), at("group_size"), at("threads"), at("level"));
+    m.def("search", &search, at("values"), at("importance").none(), at("fractions"), at("scale"), at("zero_point"),
+          at("group_size"), at("bits"), at("span"), at("symmetric"), at("dropped_bits"), at("threads"), at("level"));
+    m.def("gptq", &gptq, at("work"), at("factor"), at("scale"), at("zero_point"), at("code"), at("error"), at("bits"),
+          at("threads"), at("level"));
+}

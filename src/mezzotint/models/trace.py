@@ -1,0 +1,393 @@
+"""What flows where in a model: one forward pass without data, watched operator by operator.
+
+Every tensor gets a ``Value`` that says what it was made of. Views and copies keep the value of their source, so "the
+same tensor" means the same numbers, however they are laid out.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from mezzotint.models import experts
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv"})
+COPIES = frozenset({"clone", "_to_copy", "copy"})
+RANKINGS = frozenset({"topk", "sort", "argmax"})
+SCALAR = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (what Tensor.item calls)
+TOKENS = (2, 5)  # unlike any dimension that a model has
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a tensor was made of, since its block began.
+
+    Attributes:
+        number: the same for views and copies, and for nothing else.
+        parameter: name of the parameter that this is.
+        terms: parameters whose products are unchanged summands of it.
+        upstream: parameters whose products it depends on.
+        nearest: those reached without passing the product of another parameter.
+        stream: it is the residual stream of the block.
+        mixed: a product of two things that both depend on the input is part of it: attention.
+    """
+
+    number: int
+    parameter: str | None = None
+    terms: frozenset[str] = frozenset()
+    upstream: frozenset[str] = frozenset()
+    nearest: frozenset[str] = frozenset()
+    stream: bool = False
+    mixed: bool = False
+
+
+@dataclass(slots=True)
+class Product:
+    """A parameter that was multiplied with something.
+
+    Attributes:
+        operand: what it was multiplied with, at its first run.
+        transposed: the product is ``x @ parameter``.
+        observable: the operand is the input of the module that owns the parameter.
+        block: index of the block it ran in.
+        runs: how often it ran.
+    """
+
+    parameter: str
+    operand: Value
+    transposed: bool
+    observable: bool
+    block: int | None
+    runs: int = 1
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one forward pass showed.
+
+    Attributes:
+        products: by parameter, in running order.
+        added: parameters whose product reaches the residual stream unchanged.
+        ranked: parameters whose product is ranked, to choose among things.
+        stages: parameters of observed experts with their input, in running order.
+        norms: path of a module without products and without children, by the number of its output.
+        norm_runs: how often such a module ran.
+        read: numbers of values that something else than a product reads.
+        block_order: indices of the blocks as they ran.
+        embeddings: parameters that were looked up with the token ids.
+    """
+
+    products: dict[str, Product] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)
+    ranked: set[str] = field(default_factory=set)
+    stages: dict[str, Value] = field(default_factory=dict)
+    norms: dict[int, str] = field(default_factory=dict)
+    norm_runs: dict[str, int] = field(default_factory=dict)
+    read: set[int] = field(default_factory=set)
+    block_order: list[int] = field(default_factory=list)
+    embeddings: list[str] = field(default_factory=list)
+
+
+class _Call(NamedTuple):
+    """An operator that ran; ``mutated`` are the inputs that it wrote to."""
+
+    args: Any
+    kwargs: Any
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    mutated: list[Tensor]
+
+
+class Watcher(TorchDispatchMode):
+    """Follows values through the operators of a forward pass and fills a ``Trace``."""
+
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.block: int | None = None
+        self._numbers = itertools.count()
+        self._values: dict[int, dict[tuple[int, int], Value]] = {}
+        self._alive: list[Any] = []  # an address stands for a storage only while that lives
+        self._inputs: dict[str, int] = {}
+        self._parameters: dict[int, tuple[str, ...]] = {}
+        self._rules: dict[Any, tuple[Callable[[_Call], None], tuple[int, ...]]] = {}
+        self._chosen: dict[int, frozenset[str]] = {}
+        self._ids = -1
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+            key = self._storage(parameter)
+            self._parameters[key] = (*self._parameters.get(key, ()), name)
+
+    # ---- values ----------------------------------------------------------------------------------------------------
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value of a tensor; one seen for the first time is new."""
+        key = self._storage(tensor)
+        if key in self._parameters:
+            return Value(-1 - key, parameter=self._parameters[key][0])
+        places = self._values.setdefault(key, {})
+        place = (int(tensor.storage_offset()), tensor.numel())
+        if place not in places:
+            places[place] = Value(next(self._numbers))
+        return places[place]
+
+    def set(self, tensor: Tensor, value: Value) -> None:
+        """Record the value of a tensor."""
+        self._values.setdefault(self._storage(tensor), {})[(int(tensor.storage_offset()), tensor.numel())] = value
+
+    def _storage(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._alive.append(storage)
+        return storage._cdata  # noqa: SLF001 (data addresses are all zero without data)
+
+    def _overwrite(self, tensor: Tensor, value: Value) -> None:
+        """A tensor was written to: what overlaps it holds something new as well."""
+        places = self._values.get(self._storage(tensor), {})
+        mine = (int(tensor.storage_offset()), tensor.numel())
+        for place, old in places.items():
+            if place != mine:
+                places[place] = self._mixed((old, value))
+        self.set(tensor, value)
+
+    def _mixed(self, values: Iterable[Value]) -> Value:
+        values = tuple(values)
+        return Value(
+            next(self._numbers),
+            upstream=frozenset().union(*(v.upstream for v in values)),
+            nearest=frozenset().union(*(v.nearest for v in values)),
+            mixed=any(v.mixed for v in values),
+        )
+
+    # ---- operators -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, then record what its outputs are made of."""
+        if func is SCALAR and args[0].device.type == "meta":
+            # without data, questions like "is every token visible?" are answered yes
+            return args[0].dtype == torch.bool
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func not in self._rules:
+            arguments = func._schema.arguments  # noqa: SLF001 (no public name)
+            written = tuple(i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
+            self._rules[func] = (self._rule(func.overloadpacket.__name__), written)
+        rule, written = self._rules[func]
+        inputs = list(_tensors((*args, *kwargs.values())))
+        outputs = list(_tensors(result if isinstance(result, (tuple, list)) else (result,)))
+        mutated = [args[i] for i in written if i < len(args) and isinstance(args[i], Tensor)]
+        rule(_Call(args, kwargs, inputs, outputs, mutated))
+        return result
+
+    def _rule(self, name: str) -> Callable[[_Call], None]:
+        bare = name.removesuffix("_")
+        if bare in PRODUCTS:
+            return self._product
+        if bare == "add":
+            return self._sum
+        if bare.startswith("_scaled_dot_product"):
+            return self._attention
+        if bare in RANKINGS:
+            return self._ranking
+        if bare == "max":
+            return self._maximum
+        if bare == "embedding":
+            return self._embedding
+        return self._copy if bare in COPIES else self._other
+
+    def _record(self, call: _Call, value: Value) -> None:
+        for tensor in call.mutated:
+            self._overwrite(tensor, value)
+        if not call.mutated:
+            for tensor in call.outputs:
+                self.set(tensor, value)
+
+    def _product(self, call: _Call) -> None:
+        left, right = call.args[-2:]
+        a, b = self.value(left), self.value(right)
+        if (a.parameter is None) == (b.parameter is None):
+            self._attention(call)
+            return
+        weight, operand = (right, a) if b.parameter is not None else (left, b)
+        # [in, out] as the right factor of x @ W, [out, in] as the left one of W @ x
+        row_major = weight.stride(-1) == 1 and weight.stride(-2) == weight.shape[-1]
+        name = self._name(weight, operand)
+        known = self.trace.products.get(name)
+        if known is None:
+            self.trace.products[name] = Product(
+                parameter=name,
+                operand=operand,
+                transposed=row_major == (weight is right),
+                observable=self._inputs.get(name.rpartition(".")[0]) == operand.number,
+                block=self.block,
+            )
+        else:
+            known.runs += 1
+        made = frozenset({name})
+        upstream = operand.upstream | made
+        value = Value(next(self._numbers), terms=made, upstream=upstream, nearest=made, mixed=operand.mixed)
+        self._record(call, value)
+
+    def _name(self, weight: Tensor, operand: Value) -> str:
+        """Of several names of a tied parameter, that of the module whose input this is."""
+        names = self._parameters[self._storage(weight)]
+        return next((n for n in names if self._inputs.get(n.rpartition(".")[0]) == operand.number), names[0])
+
+    def _attention(self, call: _Call) -> None:
+        self._record(call, replace(self._read(call), mixed=True))
+
+    def _sum(self, call: _Call) -> None:
+        values = [self.value(t) for t in call.inputs]
+        mixed = self._read(call)
+        plain = len(values) == 2 and call.kwargs.get("alpha", 1) == 1
+        # a bias may be broadcast; a term of the stream has its shape
+        if plain and (any(v.parameter for v in values) or call.inputs[0].shape == call.inputs[1].shape):
+            terms, stream = values[0].terms | values[1].terms, values[0].stream or values[1].stream
+            if stream:
+                self.trace.added |= terms
+            mixed = replace(mixed, terms=terms, stream=stream)
+        self._record(call, mixed)
+
+    def _ranking(self, call: _Call) -> None:
+        value = self._read(call)
+        self.trace.ranked |= value.nearest
+        self._record(call, value)
+
+    def _maximum(self, call: _Call) -> None:
+        """A ranking only if somebody reads the index: attention takes maxima of its scores."""
+        value = self._read(call)
+        self._record(call, value)
+        for index in call.outputs[1:]:
+            number = next(self._numbers)
+            self._chosen[number] = value.nearest
+            self.set(index, replace(value, number=number))
+
+    def _embedding(self, call: _Call) -> None:
+        table, ids = self.value(call.args[0]), self.value(call.args[1])
+        if table.parameter is not None and ids.number == self._ids:
+            self.trace.embeddings.append(table.parameter)
+        self._record(call, self._read(call))
+
+    def _copy(self, call: _Call) -> None:
+        source = call.inputs[-1]
+        if source.numel() == call.outputs[0].numel():
+            self._record(call, self.value(source))
+        else:
+            self._record(call, self._read(call))
+
+    def _other(self, call: _Call) -> None:
+        alone = len(call.inputs) == 1 and not call.mutated
+        if not (alone and all(self._is_view(out, call.inputs[0]) for out in call.outputs)):
+            self._record(call, self._read(call))
+
+    def _read(self, call: _Call) -> Value:
+        """What is made of all inputs; that they were read is noted."""
+        values = [self.value(t) for t in call.inputs]
+        for value in values:
+            self.trace.read.add(value.number)
+            self.trace.ranked |= self._chosen.get(value.number, frozenset())
+        return self._mixed(values)
+
+    def _is_view(self, out: Tensor, source: Tensor) -> bool:
+        """A view of all of ``source``: the same storage gives it the same value; of a parameter any view does."""
+        key = self._storage(out)
+        whole = out.numel() == source.numel() and out.storage_offset() == source.storage_offset()
+        return key == self._storage(source) and (key in self._parameters or whole)
+
+    # ---- modules ---------------------------------------------------------------------------------------------------
+
+    def token_ids(self, ids: Tensor) -> None:
+        """The input of the model."""
+        self._ids = self.value(ids).number
+
+    def hooks(self, skeleton: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[Any]:
+        """Install everything that must be known about modules; yields what can be removed."""
+        for name, module in skeleton.named_modules():
+            own = list(module.parameters(recurse=False))
+            axes = max((p.dim() for p in own), default=0)
+            if axes >= 2:
+                yield module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
+            elif own and axes == 1 and next(module.children(), None) is None:
+                yield module.register_forward_hook(self._on_norm(name), with_kwargs=True)
+            if axes == 3:
+                experts.set_observer(module, self._on_stage(name), dry=True)
+                yield _Unobserve(module)
+        for index, module in enumerate(blocks):
+            yield module.register_forward_pre_hook(self._on_block(index), with_kwargs=True)
+            yield module.register_forward_hook(self._after_block)
+
+    def _on_input(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            first = next(_tensors((*args, *kwargs.values())), None)
+            if first is not None:
+                self._inputs[name] = self.value(first).number
+
+        return hook
+
+    def _on_norm(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and len(list(_tensors((*args, *kwargs.values())))) == 1:
+                self.trace.norms[self.value(output).number] = name
+                self.trace.norm_runs[name] = self.trace.norm_runs.get(name, 0) + 1
+
+        return hook
+
+    def _on_stage(self, name: str) -> experts.Observer:
+        def observe(parameter: str, inputs: dict[int, Tensor], _tokens: dict[int, Tensor]) -> None:
+            operand = self.value(next(iter(inputs.values())))
+            self._inputs[name] = operand.number
+            self.trace.stages.setdefault(f"{name}.{parameter}", operand)
+
+        return observe
+
+    def _on_block(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.block = index
+            self.trace.block_order.append(index)
+            hidden = next((t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()), None)
+            if hidden is not None:
+                self.set(hidden, Value(self.value(hidden).number, stream=True))
+
+        return hook
+
+    def _after_block(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.block = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Unobserve:
+    module: nn.Module
+
+    def remove(self) -> None:
+        experts.set_observer(self.module, None)
+
+
+def watch(skeleton: PreTrainedModel, blocks: list[nn.Module], device: torch.device | str) -> Trace:
+    """Run ``skeleton``, whose parameters and buffers are on ``device``, on a few tokens.
+
+    Args:
+        skeleton: in evaluation mode.
+        blocks: modules whose input is the residual stream.
+        device: ``meta``, or one with values.
+    """
+    watcher = Watcher(skeleton)
+    ids = torch.zeros(TOKENS, dtype=torch.long, device=device)
+    watcher.token_ids(ids)
+    with contextlib.ExitStack() as stack:
+        for handle in watcher.hooks(skeleton, blocks):
+            stack.callback(handle.remove)
+        with torch.no_grad(), watcher:
+            skeleton(input_ids=ids)
+    return watcher.trace
+
+
+def _tensors(items: Iterable[Any]) -> Iterator[Tensor]:
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (tuple, list)):
+            yield from _tensors(item)

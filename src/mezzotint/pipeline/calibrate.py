@@ -1,0 +1,68 @@
+"""Calibration windows for a plan: from text, a data set, or sampled from the model itself."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mezzotint.calibration import (
+    Windows,
+    check_vocabulary,
+    document_windows,
+    load_tokenizer,
+    packed_windows,
+    read_documents,
+    sample_windows,
+    start_token,
+)
+from mezzotint.errors import ConfigError
+from mezzotint.models import Source
+from mezzotint.pipeline.plan import CalibrationPlan
+from mezzotint.pipeline.request import Request
+
+_SELF_BATCH = 64
+
+
+def calibration_windows(
+    source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]
+) -> Windows:
+    """The windows that the plan asks for.
+
+    Raises:
+        CalibrationError: the text is missing, unreadable or too short, or the tokenizer does not fit the model.
+        ConfigError: the model is too large to sample from within ``--memory``.
+    """
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=request.trust_remote_code)
+    check_vocabulary(tokenizer, source.config)
+    asked = request.calibration
+    if plan.source == "self":
+        return _sampled(source, plan, request, progress)
+    documents = read_documents(plan.source, tokenizer=tokenizer, field=asked.field, lines=asked.lines)
+    build = packed_windows if asked.packing else document_windows
+    return build(documents, tokenizer, samples=plan.samples, seqlen=plan.seqlen, seed=request.seed)
+
+
+def _sampled(
+    source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]
+) -> Windows:
+    weights = sum(tensor.nbytes for tensor in source.checkpoint.checkpoint.tensors.values())
+    if request.memory is not None and weights * 1.25 > request.memory:
+        raise ConfigError(
+            f"sampling calibration text from the model takes about {weights * 1.25 / 2**30:.1f} GiB, more than --memory "
+            f"({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
+        )
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=request.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype="auto", trust_remote_code=request.trust_remote_code
+    )
+    model.eval().to(request.device)
+    with torch.no_grad():
+        return sample_windows(
+            model,
+            samples=plan.samples,
+            seqlen=plan.seqlen,
+            seed=request.seed,
+            batch_size=_SELF_BATCH,
+            start_token=start_token(tokenizer),
+            progress=progress,
+        )

@@ -1,0 +1,137 @@
+"""Perplexity, and divergence from a reference model, block by block through both models."""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from mezzotint.calibration import Windows, check_vocabulary, consecutive_windows, load_tokenizer, read_text
+from mezzotint.errors import CalibrationError, NonFiniteError
+from mezzotint.evaluation import Divergence, Evaluation, chunks
+from mezzotint.models import Source
+from mezzotint.models.skeleton import dematerialize, materialize
+from mezzotint.pipeline.capture import BlockRun, Bypass
+from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.source import open_source
+from mezzotint.pipeline.streams import Batch, batches_of, surroundings
+
+DEFAULT_SEQLEN = 2048
+_LOGIT_BYTES = 256 * 2**20
+
+
+def evaluate(
+    model: Path,
+    text: str,
+    *,
+    against: Path | None = None,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    device: str = "cpu",
+    memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Perplexity of a folder on a text, and its divergence from the original.
+
+    The whole text is tokenized once and cut into windows that do not overlap; the last partial one is dropped. Only one
+    block of one model is in memory at a time, and logits of one chunk of positions.
+
+    Args:
+        model: folder, quantized or not.
+        text: a file, or a data set by name.
+        against: the reference, usually the original.
+        seqlen: tokens per window; None is 2048 or what the model takes, if that is less.
+        windows: use the first so many; None is all.
+        memory: bytes of activations that may be held in memory; more is spilled.
+        progress: told of blocks and windows done.
+
+    Raises:
+        ModelError, CalibrationError: a folder or the text cannot be used.
+    """
+    sources = [open_source(folder, trust_remote_code=trust_remote_code) for folder in (model, against) if folder]
+    tokenizer = load_tokenizer(sources[0].folder, trust_remote_code=trust_remote_code)
+    for source in sources:
+        check_vocabulary(tokenizer, source.config)
+    longest = getattr(sources[0].config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
+    if seqlen is not None and seqlen > longest:
+        raise CalibrationError(f"--seqlen is {seqlen}, but the model takes at most {longest} positions.")
+    chosen = consecutive_windows(
+        read_text(text), tokenizer, seqlen=seqlen or min(DEFAULT_SEQLEN, longest), windows=windows
+    )
+    with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
+        return _compare(sources, chosen, Path(scratch), stack, device=device, memory=memory, progress=progress)
+
+
+def _compare(
+    sources: list[Source],
+    windows: Windows,
+    scratch: Path,
+    stack: ExitStack,
+    *,
+    device: str,
+    memory: int | None,
+    progress: Callable[[int, int], None],
+) -> Evaluation:
+    batches = list(batches_of(windows, held_out=True))
+    budget = Budget(None if memory is None else memory // 2)
+    total = sum(len(source.map.blocks) for source in sources) + len(batches)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    finals = [run_blocks(source, batches, Store(budget, scratch), device=device, step=step) for source in sources]
+    bypasses = [
+        stack.enter_context(surroundings(source, head=True, dtype=torch.float32, device=device)) for source in sources
+    ]
+    divergence = Divergence(reference=len(sources) > 1)
+    vocabulary = sources[0].config.get_text_config().vocab_size
+    for index, batch in enumerate(batches):
+        outputs = [store.get(index) for store in finals]
+        for row in range(batch.tokens.shape[0]):
+            tokens = batch.tokens[row : row + 1].to(device)
+            hidden = [output[row : row + 1] for output in outputs]
+            for positions in chunks(tokens.shape[1], vocabulary, _LOGIT_BYTES):
+                divergence.add(*_logits(bypasses, hidden, tokens, positions))
+            divergence.end_window()
+        step()
+    for store in finals:
+        store.close()
+    return divergence.result(seqlen=windows.tokens.shape[1])
+
+
+def _logits(
+    bypasses: list[Bypass], hidden: list[torch.Tensor], tokens: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Candidate's logits, targets and reference's logits of one chunk."""
+    kept = positions.to(tokens.device)
+    logits = [bypass.logits(tokens, h, kept)[0] for bypass, h in zip(bypasses, hidden, strict=True)]
+    return logits[0], tokens[0, kept + 1], logits[1] if len(logits) > 1 else None
+
+
+def run_blocks(
+    source: Source, batches: list[Batch], store: Store, *, device: str, step: Callable[[], None]
+) -> Store:
+    """The last block's output for every batch."""
+    calls = []
+    with surroundings(source, head=False, dtype=torch.float32, device=device) as bypass:
+        for index, batch in enumerate(batches):
+            hidden, recorded = bypass.record(batch.tokens.to(device), None)
+            calls.append(recorded)
+            store.put(index, hidden)
+    for block in source.map.blocks:
+        module = source.skeleton.get_submodule(block.path)
+        materialize(module, block.path, source.checkpoint, dtype=torch.float32, device=device)
+        for index in range(len(batches)):
+            hidden = store.get(index)
+            output = BlockRun(module, lambda hidden=hidden: hidden, calls[index][block.index]).finish()
+            if not torch.isfinite(output).all():
+                raise NonFiniteError(f"block {block.index} of {source.folder.name!r} gives NaN or infinity.")
+            store.put(index, output)
+        dematerialize(module)
+        step()
+    return store

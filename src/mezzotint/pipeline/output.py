@@ -1,0 +1,69 @@
+"""The output's tensors, written as they come."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mezzotint.core.contracts import Matrix, QuantizedWeight
+from mezzotint.formats.shards import ShardWriter
+from mezzotint.models import Source
+from mezzotint.pipeline.plan import Planned
+
+
+class Output:
+    """Writes quantized matrices and copies everything else.
+
+    Args:
+        source: the original.
+        planned: says which tensors there are.
+        folder: of the unfinished output.
+    """
+
+    def __init__(self, source: Source, planned: Planned, folder: Path) -> None:
+        self._source = source
+        self._planned = planned
+        self._writer = ShardWriter(folder, planned.layout.specs)
+        self._quantized = {entry.matrix for entry in planned.plan.entries}
+        self._waiting: dict[frozenset[str], dict[str, Tensor]] = {}
+        self._missing: dict[frozenset[str], set[str]] = {}
+
+    def put(self, matrix: Matrix, weight: QuantizedWeight) -> None:
+        """Write one matrix, or keep it until the parameters it is written with are complete."""
+        assembly = self._planned.layout.assembly_of(matrix.parameter)
+        dtype = self._source.checkpoint.checkpoint.tensors[matrix.sources[0]].dtype
+        if assembly is None:
+            for name, value in self._planned.form.tensors(matrix, weight, dtype).items():
+                self._writer.put(name, value)
+            return
+        values = self._waiting.setdefault(assembly, {})
+        missing = self._missing.setdefault(assembly, self._matrices_of(assembly))
+        if matrix.parameter not in values:
+            # read in full first: experts and rows that are kept stay as they are
+            values[matrix.parameter] = self._source.checkpoint.parameter(matrix.parameter).clone()
+        matrix.view(values[matrix.parameter]).copy_(weight.dense(dtype))
+        missing.discard(matrix.name)
+        if not missing:
+            self._assemble(assembly)
+
+    def copy_rest(self) -> None:
+        """Copy every tensor that no matrix replaces, byte for byte."""
+        for name in self._planned.layout.copied:
+            info = self._source.checkpoint.checkpoint.tensors[name]
+            self._writer.copy(name, Path(info.path), info.offset)
+
+    def close(self) -> None:
+        """Check that everything was written, and sync."""
+        self._writer.close()
+
+    def _matrices_of(self, assembly: frozenset[str]) -> set[str]:
+        matrices = self._source.map.matrices.values()
+        return {m.name for m in matrices if m.parameter in assembly and m.name in self._quantized}
+
+    def _assemble(self, assembly: frozenset[str]) -> None:
+        values = self._waiting.pop(assembly)
+        for parameter in assembly - values.keys():
+            values[parameter] = self._source.checkpoint.parameter(parameter)
+        for name, value in self._source.checkpoint.restore(values).items():
+            dtype: torch.dtype = self._source.checkpoint.checkpoint.tensors[name].dtype
+            self._writer.put(name, value.to(dtype).contiguous())

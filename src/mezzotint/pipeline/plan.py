@@ -1,0 +1,222 @@
+"""Everything that is decided before a weight is read: entries, format, sizes, calibration, memory, time."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from importlib.metadata import version
+import torch
+
+from mezzotint.calibration import auto_samples
+from mezzotint.core.contracts import Block, Matrix
+from mezzotint.core.files import Entry, Format, Plan
+from mezzotint.errors import ConfigError, FormatError
+from mezzotint.models import Source
+from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
+from mezzotint.pipeline.memory import Costs, estimate
+from mezzotint.pipeline.recipe import Recipe, Stages
+from mezzotint.pipeline.request import ENGINES, Request
+from mezzotint.registry import FORMATS
+
+SELF_SEQLEN = 256
+TEXT_SEQLEN = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationPlan:
+    """Calibration as it will be run."""
+
+    source: str
+    samples: int
+    seqlen: int
+
+    @property
+    def tokens(self) -> int:
+        """In all windows, held-out ones included."""
+        return self.samples * self.seqlen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan with what it was made for.
+
+    Attributes:
+        calibration: None if nothing needs it.
+        costs: predicted memory and time.
+    """
+
+    plan: Plan
+    request: Request
+    layout: Layout
+    form: Format
+    calibration: CalibrationPlan | None
+    costs: Costs
+
+    @property
+    def weights(self) -> int:
+        """Number of quantized weights."""
+        return sum(weights for _, weights in self._sizes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized matrices, scales and zero points included."""
+        return sum(e.bits.total for e in self.plan.entries) / max(self.weights, 1)
+
+    @property
+    def bits_per_weight_without_side_data(self) -> float:
+        """Of the quantized matrices, codes only."""
+        return sum(e.bits.code for e in self.plan.entries) / max(self.weights, 1)
+
+    shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def _sizes(self) -> list[tuple[str, int]]:
+        return [(e.matrix, self.shapes[e.matrix][0] * self.shapes[e.matrix][1]) for e in self.plan.entries]
+
+
+def make_plan(source: Source, request: Request) -> Planned:
+    """Decide everything, or say what cannot be done.
+
+    Raises:
+        ConfigError: a pattern matches nothing, nothing is left to quantize, stages do not fit together.
+        FormatError: the format cannot hold what the recipe asks for.
+    """
+    recipe = request.recipe
+    recipe.check_patterns(list(source.map.matrices))
+    entries, kept = _entries(source, recipe)
+    if not entries:
+        raise ConfigError(
+            f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule."
+        )
+    form, because = _format(source, entries, request)
+    layout = make_layout(source, entries, form)
+    calibration = _calibration(source, entries, request)
+    costs = estimate(source, entries, tokens=calibration.tokens if calibration else 0, memory=request.memory)
+    plan = Plan(
+        entries=tuple(entries),
+        kept=kept,
+        format=form.name,
+        engine=request.engine,
+        bytes=layout.nbytes,
+        peak_memory_bytes=costs.peak_memory_bytes,
+        fingerprint=_fingerprint(source, request, entries),
+    )
+    refusals = form.refuses_plan(plan, source.map)
+    if refusals:
+        raise FormatError(f"format {form.name!r} ({because}) cannot hold this plan: {refusals[0]}")
+    shapes = {entry.matrix: source.map.matrices[entry.matrix].shape for entry in entries}
+    return Planned(
+        plan=plan, request=request, layout=layout, form=form, calibration=calibration, costs=costs, shapes=shapes
+    )
+
+
+def matrices_in_order(source: Source) -> Iterator[tuple[Block | None, Matrix]]:
+    """Every matrix with its block, in running order; the head last."""
+    for block in source.map.blocks:
+        for group in block.groups:
+            for name in group.matrices:
+                yield block, source.map.matrices[name]
+    if source.map.head is not None:
+        yield None, source.map.matrices[source.map.head]
+
+
+def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str]]:
+    entries: list[Entry] = []
+    kept: dict[str, str] = dict(source.map.unmapped)
+    known: dict[str, Stages] = {}
+    for block, matrix in matrices_in_order(source):
+        rule = recipe.rule_for(matrix.name)
+        reason = _kept(block, matrix, rule.keep if rule else None)
+        if reason is not None:
+            kept[matrix.name] = reason
+            continue
+        changes = rule.set if rule else {}
+        key = json.dumps(changes, sort_keys=True)
+        if key not in known:
+            known[key] = recipe.stages(changes)
+        stages = known[key]
+        _check_stages(matrix.name, stages)
+        dtype = source.checkpoint.checkpoint.tensors[matrix.sources[0]].dtype
+        grid = stages.grid.resolve(matrix.shape, dtype)
+        entries.append(
+            Entry(
+                matrix=matrix.name,
+                block=block.index if block else None,
+                target=stages.target,
+                transform=stages.transform,
+                grid=grid,
+                rounding=stages.rounding,
+                bits=grid.stored_bits(matrix.shape),
+                because=f"rule {rule.match!r}" if rule and rule.set else f"recipe {recipe.name!r}",
+            )
+        )
+    return entries, kept
+
+
+def _kept(block: Block | None, matrix: Matrix, keep: bool | None) -> str | None:
+    if keep:
+        return "kept by a rule"
+    if matrix.tied_to is not None:
+        return f"shares storage with {matrix.tied_to}"
+    if block is None and keep is None:
+        return "output head: kept unless a rule {match: ..., keep: false} asks for it"
+    return None
+
+
+def _check_stages(matrix: str, stages: Stages) -> None:
+    if stages.rounding.scalar_only and stages.grid.tile != (1, 1):
+        raise ConfigError(
+            f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
+            "Use rounding.kind=gptq."
+        )
+
+
+def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
+    """The format, and why; refuses what it cannot hold."""
+    users = users_of_sources(source)
+    name = ENGINES[request.engine] if request.engine else "compressed-tensors"
+    because = f"--for {request.engine}" if request.engine else "what most engines load"
+    matrices = [source.map.matrices[entry.matrix] for entry in entries]
+    odd = next((m for m in matrices if not (m.linear and written_alone(m, users))), None)
+    if odd is not None and name != "dense":
+        if request.engine is not None:
+            raise FormatError(
+                f"--for {request.engine} writes {name}, which holds weights of nn.Linear only, and {odd.name} is "
+                "another kind of module. Use --for dense, or leave --for out."
+            )
+        name, because = "dense", f"{odd.name} is not the weight of an nn.Linear, and packed formats hold nothing else"
+    form: Format = FORMATS[name]()
+    for entry, matrix in zip(entries, matrices, strict=True):
+        refusal = form.refuses(entry, matrix)
+        if refusal is not None:
+            raise FormatError(f"format {name!r} ({because}) cannot hold {matrix.name}: {refusal}")
+    return form, because
+
+
+def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan | None:
+    if not any(entry.needs for entry in entries):
+        return None
+    asked = request.calibration
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    seqlen = asked.seqlen or min(SELF_SEQLEN if asked.source == "self" else TEXT_SEQLEN, longest or TEXT_SEQLEN)
+    if longest is not None and seqlen > longest:
+        raise ConfigError(f"--seqlen is {seqlen}, but the model takes at most {longest} positions.")
+    widest = max(source.map.matrices[entry.matrix].shape[1] for entry in entries)
+    samples = asked.samples or auto_samples(widest, seqlen)
+    return CalibrationPlan(source=asked.source, samples=samples, seqlen=seqlen)
+
+
+def _fingerprint(source: Source, request: Request, entries: list[Entry]) -> str:
+    """Changes when anything that determines the result changes."""
+    told = {
+        "version": version("mezzotint"),
+        "torch": torch.__version__,
+        "config": source.config.to_dict(),
+        "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.checkpoint.tensors.items()},
+        "entries": [[e.matrix, repr(e.target), repr(e.transform), repr(e.grid), repr(e.rounding)] for e in entries],
+        "calibration": asdict(request.calibration),
+        "seed": request.seed,
+        "engine": request.engine,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,157 @@
+"""A recipe: one choice of target, transform, grid and rounding, and rules per pattern."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mezzotint.core.contracts import Grid, Rounding, Target, Transform
+from mezzotint.errors import ConfigError, unknown
+from mezzotint.pipeline.settings import Settings, build, with_setting
+from mezzotint.registry import GRIDS, ROUNDINGS, TARGETS, TRANSFORMS
+
+
+class Rule(BaseModel):
+    """What changes for matrices whose name matches a glob; the first rule that matches wins.
+
+    Attributes:
+        match: glob over canonical names, e.g. ``*.mlp.down_proj``.
+        set: dotted settings that change.
+        keep: leave these matrices as they are (true) or quantize what is kept by default, like the head (false).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    set: dict[str, Any] = {}
+    keep: bool | None = None
+
+
+class Recipe(BaseModel):
+    """One choice of each stage; every stage is ``{kind: ..., its settings}``.
+
+    Example:
+        >>> Recipe(grid={"kind": "uniform", "bits": 3}, rounding={"kind": "nearest"}).stages().grid.bits
+        3
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "custom"
+    summary: str = ""
+    paper: str = ""
+    target: dict[str, Any] = {"kind": "weight"}
+    transform: dict[str, Any] = {"kind": "none"}
+    grid: dict[str, Any] = {"kind": "uniform"}
+    rounding: dict[str, Any] = {"kind": "gptq"}
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Settings]:
+        """The stages as nested dictionaries."""
+        return {stage: dict(getattr(self, stage)) for stage in ("target", "transform", "grid", "rounding")}
+
+    def with_settings(self, changes: Mapping[str, Any]) -> "Recipe":
+        """A copy with dotted settings changed, e.g. ``{"grid.bits": 3}``; checked.
+
+        Raises:
+            ConfigError: unknown name (with a suggestion) or a value that does not fit.
+        """
+        settings = self.settings
+        for name, value in sorted(changes.items(), key=lambda item: not item[0].endswith(".kind")):
+            settings = with_setting(settings, name, value)
+        changed = self.model_copy(update=settings)
+        changed.stages()
+        return changed
+
+    def with_rules(self, rules: Sequence[Rule]) -> "Recipe":
+        """A copy with these rules before the recipe's own."""
+        return self.model_copy(update={"rules": (*rules, *self.rules)})
+
+    def rule_for(self, matrix: str) -> Rule | None:
+        """The first rule that matches a canonical name."""
+        return next((rule for rule in self.rules if fnmatchcase(matrix, rule.match)), None)
+
+    def stages(self, changes: Mapping[str, Any] | None = None) -> "Stages":
+        """The stages as objects, after dotted changes."""
+        settings = self.settings
+        for name, value in sorted((changes or {}).items(), key=lambda item: not item[0].endswith(".kind")):
+            settings = with_setting(settings, name, value)
+        return Stages(
+            target=build("target", settings["target"], TARGETS),
+            transform=_transform(settings["transform"]),
+            grid=build("grid", settings["grid"], GRIDS),
+            rounding=build("rounding", settings["rounding"], ROUNDINGS),
+        )
+
+    def check_patterns(self, matrices: Sequence[str]) -> None:
+        """Every rule must match at least one matrix.
+
+        Raises:
+            ConfigError: names the pattern that matches nothing, and what there is.
+        """
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.match) for name in matrices):
+                shown = ", ".join(matrices[:4])
+                raise ConfigError(
+                    f"pattern {rule.match!r} matches none of the {len(matrices)} matrices. They are called {shown}, … "
+                    "Correct the pattern or remove the rule."
+                )
+
+
+def _transform(settings: Mapping[str, Any]) -> Transform | None:
+    return None if settings.get("kind") == "none" else build("transform", settings, TRANSFORMS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """One choice of each stage, as objects."""
+
+    target: Target
+    transform: Transform | None
+    grid: Grid
+    rounding: Rounding
+
+
+@cache
+def presets() -> Mapping[str, Recipe]:
+    """Every recipe that has a name."""
+    text = files("mezzotint.pipeline").joinpath("presets.toml").read_text(encoding="utf-8")
+    return {name: Recipe(name=name, **values) for name, values in tomllib.loads(text).items()}
+
+
+def load_recipe(name: str) -> Recipe:
+    """A preset by name, or a recipe from a ``.yaml`` file.
+
+    Raises:
+        ConfigError: unknown name (with a suggestion), missing file, or a file that is not a recipe.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in presets():
+            raise ConfigError(unknown("recipe", name, presets()))
+        return presets()[name]
+    if not path.is_file():
+        raise ConfigError(f"recipe file {name!r} does not exist. Give a path to a .yaml file or the name of a recipe.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"recipe file {name!r} holds {type(values).__name__}, not a mapping of stages.")
+        recipe = Recipe(**{"name": path.stem, **values})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe file {name!r} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"recipe file {name!r}: {unknown('key', where, Recipe.model_fields)}") from error
+        raise ConfigError(f"recipe file {name!r}: {where}: {first['msg']}.") from error
+    recipe.stages()
+    return recipe

@@ -1,0 +1,119 @@
+"""``mezzotint.json``: everything that was decided, done and measured."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mezzotint.errors import ModelError
+from mezzotint.pipeline.plan import Planned
+from mezzotint.pipeline.sweep import BlockRecord, MatrixRecord, as_json
+
+REPORT_NAME = "mezzotint.json"
+
+
+def plan_json(planned: Planned) -> dict[str, Any]:
+    """The plan as one JSON object."""
+    plan = planned.plan
+    calibration = planned.calibration
+    return {
+        "linears": [
+            {
+                "name": e.matrix,
+                "block": e.block,
+                "shape": list(planned.shapes[e.matrix]),
+                "target": stage(e.target),
+                "grid": stage(e.grid),
+                "rounding": stage(e.rounding),
+                "bits_per_weight": e.bits.total / (planned.shapes[e.matrix][0] * planned.shapes[e.matrix][1]),
+                "because": e.because,
+            }
+            for e in plan.entries
+        ],
+        "kept": dict(plan.kept),
+        "format": plan.format,
+        "engine": plan.engine,
+        "bytes": plan.bytes,
+        "bits_per_weight": planned.bits_per_weight,
+        "bits_per_weight_without_side_data": planned.bits_per_weight_without_side_data,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "calibration": None
+        if calibration is None
+        else {"source": calibration.source, "samples": calibration.samples, "seqlen": calibration.seqlen},
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def stage(value: Any) -> dict[str, Any]:
+    """A stage's kind and settings."""
+    names = type(value).__dataclass_fields__
+    return {"kind": value.kind, **{name: getattr(value, name) for name in names}}
+
+
+def full_report(
+    planned: Planned,
+    records: Sequence[MatrixRecord | BlockRecord],
+    *,
+    seconds: float,
+    cpu_seconds: float,
+    times: dict[str, float],
+) -> dict[str, Any]:
+    """The report of a finished run."""
+    request = planned.request
+    linears = [as_json(r) for r in records if isinstance(r, MatrixRecord)]
+    blocks = [as_json(r) for r in records if isinstance(r, BlockRecord)]
+    return {
+        "mezzotint": version("mezzotint"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": request.device},
+        "model": request.model.name,
+        "recipe": request.recipe.model_dump(mode="json"),
+        "seed": request.seed,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "times": times,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "promised_peak_memory_bytes": planned.plan.peak_memory_bytes,
+        "output_bytes": planned.plan.bytes,
+        "plan": plan_json(planned),
+        "bits_per_weight": planned.bits_per_weight,
+        "bits_per_weight_without_side_data": planned.bits_per_weight_without_side_data,
+        "linears": linears,
+        "blocks": blocks,
+        "decisions": {r["name"]: dict(r["decisions"]) for r in linears if r["decisions"]},
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far, mapped pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process so far, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a folder that mezzotint made.
+
+    Raises:
+        ModelError: the folder has none, or it is not readable.
+    """
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        raise ModelError(f"{str(folder)!r} has no {REPORT_NAME}; give a folder that `mezzotint quantize` made.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{str(path)!r} is no JSON ({error}); quantize again.") from error

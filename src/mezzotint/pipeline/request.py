@@ -1,0 +1,131 @@
+"""What the user asks for, checked as far as it can be without the model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezzotint.errors import ConfigError, unknown
+from mezzotint.pipeline.recipe import Recipe, Rule, load_recipe
+
+ENGINES: Mapping[str, str] = {
+    "transformers": "compressed-tensors",
+    "vllm": "compressed-tensors",
+    "dense": "dense",
+}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """``8GiB``, ``1.5 GB`` or a plain number, in bytes.
+
+    Raises:
+        ConfigError: not a size.
+
+    Example:
+        >>> parse_bytes("1.5GiB")
+        1610612736
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"size {text!r} is not understood; write for example 8GiB, 1500MB or a number of bytes.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRequest:
+    """Which text to calibrate on.
+
+    Attributes:
+        source: ``self`` (sampled from the model), a file, or a data set by name.
+        samples: windows; None lets the plan choose.
+        seqlen: tokens per window; None lets the plan choose.
+        field: field of a .jsonl or .parquet row that holds the text; None finds it.
+        lines: a .txt file has one document a line.
+        packing: documents end to end; otherwise one document a window, padded.
+    """
+
+    source: str = "self"
+    samples: int | None = None
+    seqlen: int | None = None
+    field: str | None = None
+    lines: bool = False
+    packing: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("samples", self.samples, 2), ("seqlen", self.seqlen, 8)):
+            if value is not None and value < least:
+                raise ConfigError(f"--{name} is {value}; it must be at least {least}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One quantization: everything that determines its result, and where it runs.
+
+    Attributes:
+        model: folder of the original.
+        recipe: with overrides and rules applied.
+        engine: what will run the result; None chooses the format most engines load.
+        memory: bytes that weights, activations and solvers may take together; None is no limit.
+    """
+
+    model: Path
+    recipe: Recipe
+    engine: str | None = None
+    calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
+    seed: int = 0
+    device: str = "cpu"
+    memory: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine is not None and self.engine not in ENGINES:
+            raise ConfigError(unknown("engine", self.engine, ENGINES))
+
+
+def resolve_recipe(
+    recipe: str | Recipe,
+    *,
+    bits: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    keep: tuple[str, ...] = (),
+) -> Recipe:
+    """A recipe by name or file with the command line's changes.
+
+    Args:
+        recipe: name of a preset, path of a .yaml file, or a recipe.
+        bits: of one code.
+        settings: dotted names and values.
+        keep: globs of matrices to leave as they are; they win over the recipe's own rules.
+
+    Raises:
+        ConfigError: an unknown name or a value that does not fit.
+    """
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    changes = dict(settings or {})
+    if bits is not None:
+        if bits != int(bits):
+            raise ConfigError(
+                f"--bits is {bits:g}; grid {chosen.grid.get('kind')!r} stores whole bits. Use --bits {int(bits)} "
+                f"or --bits {int(bits) + 1}."
+            )
+        changes["grid.bits"] = int(bits)
+    changed = chosen.with_settings(changes)
+    return changed.with_rules([Rule(match=pattern, keep=True) for pattern in keep])
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` is the GPU if there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or the name is unknown.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(unknown("device", name, ("auto", "cpu", "cuda")))
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu.")
+    return "cuda" if available and name != "cpu" else "cpu"

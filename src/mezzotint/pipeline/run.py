@@ -1,0 +1,130 @@
+"""One quantization from request to finished folder."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mezzotint.core.contracts import QuantizedWeight
+from mezzotint.formats.folder import OutputFolder, copy_companions, write_json
+from mezzotint.models import Source, open_model
+from mezzotint.pipeline.calibrate import calibration_windows
+from mezzotint.pipeline.output import Output
+from mezzotint.pipeline.plan import Planned, make_plan
+from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
+from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.streams import Streams
+from mezzotint.pipeline.sweep import BlockRecord, MatrixRecord, Sweep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is: ``done`` of ``total`` steps of a ``stage``, and the last record."""
+
+    stage: str
+    done: int
+    total: int
+    record: MatrixRecord | BlockRecord | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+def plan(request: Request) -> Planned:
+    """What would be done; reads headers, no weights."""
+    return make_plan(open_model(request.model, trust_remote_code=request.trust_remote_code), request)
+
+
+def quantize(request: Request, out: Path, listener: Listener | None = None) -> dict[str, Any]:
+    """Quantize a model folder into ``out`` and return the report.
+
+    Everything happens in ``out.partial``; the folder gets its name by one rename when it is complete.
+
+    Args:
+        request: what is asked for.
+        out: folder to make; it must not exist, or be empty.
+        listener: told of progress.
+
+    Raises:
+        MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
+    """
+    tell = listener or (lambda _: None)
+    started, cpu_started = time.perf_counter(), cpu_seconds()
+    source = open_model(request.model, trust_remote_code=request.trust_remote_code)
+    planned = make_plan(source, request)
+    times: dict[str, float] = {"plan": time.perf_counter() - started}
+    with OutputFolder(out, needed_bytes=planned.plan.bytes) as folder:
+        output = Output(source, planned, folder.partial)
+        streams = _streams(source, planned, folder.partial, tell)
+        times["calibration"] = time.perf_counter() - started - times["plan"]
+        records = _sweep(source, planned, streams, output, tell)
+        output.copy_rest()
+        output.close()
+        write_json(folder.partial / "config.json", _config(source, planned))
+        copy_companions(source.folder, folder.partial)
+        times["sweep"] = time.perf_counter() - started - sum(times.values())
+        report = full_report(
+            planned,
+            records,
+            seconds=time.perf_counter() - started,
+            cpu_seconds=cpu_seconds() - cpu_started,
+            times=times,
+        )
+        write_json(folder.partial / REPORT_NAME, report)
+        folder.finish()
+    return {"out": str(out), **report}
+
+
+def _streams(source: Source, planned: Planned, folder: Path, tell: Listener) -> Streams | None:
+    if planned.calibration is None:
+        return None
+    request = planned.request
+    windows = calibration_windows(
+        source, planned.calibration, request, lambda done, total: tell(Progress(stage="sampling", done=done, total=total))
+    )
+    fit, held_out = windows.split(seed=request.seed)
+    needs = frozenset().union(*(entry.needs for entry in planned.plan.entries))
+    return Streams(
+        source,
+        fit,
+        held_out,
+        original_fit=bool(needs & {"drift", "residual"}),
+        folder=folder,
+        stream_bytes=planned.costs.stream_bytes if request.memory is not None else None,
+        keep_runs=planned.costs.keep_runs,
+        device=request.device,
+    )
+
+
+def _sweep(
+    source: Source, planned: Planned, streams: Streams | None, output: Output, tell: Listener
+) -> list[MatrixRecord | BlockRecord]:
+    records: list[MatrixRecord | BlockRecord] = []
+    total = len(planned.plan.entries)
+
+    def notify(record: MatrixRecord | BlockRecord) -> None:
+        records.append(record)
+        done = sum(isinstance(r, MatrixRecord) for r in records)
+        tell(Progress(stage="quantizing", done=done, total=total, record=record))
+
+    def sink(matrix: Any, weight: QuantizedWeight) -> None:
+        output.put(matrix, weight)
+
+    sweep = Sweep(
+        source, planned.plan.entries, streams, sink=sink, notify=notify, device=planned.request.device
+    )
+    sweep.run()
+    if streams is not None:
+        streams.close()
+    return records
+
+
+def _config(source: Source, planned: Planned) -> dict[str, Any]:
+    """The original's config.json with the format's own part."""
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    quantization = planned.form.config(planned.plan, source.map)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    return config

@@ -1,0 +1,202 @@
+"""The two streams of hidden states, full precision and quantized, batch by batch through the model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from mezzotint.calibration import Windows
+from mezzotint.core.statistics import Accumulator, Statistics
+from mezzotint.errors import ModelError, NonFiniteError
+from mezzotint.models import Source
+from mezzotint.models.skeleton import dematerialize, materialize
+from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
+from mezzotint.pipeline.residency import Budget, Store
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Windows that run together; fit and held-out windows never share a batch."""
+
+    tokens: Int[Tensor, "windows seqlen"]
+    mask: Bool[Tensor, "windows seqlen"] | None
+    held_out: bool
+
+
+def batches_of(windows: Windows, held_out: bool) -> Iterator[Batch]:
+    """Batches of about `BATCH_TOKENS` tokens."""
+    size = max(1, BATCH_TOKENS // windows.tokens.shape[1])
+    for start in range(0, windows.tokens.shape[0], size):
+        mask = None if windows.mask is None else windows.mask[start : start + size]
+        yield Batch(tokens=windows.tokens[start : start + size], mask=mask, held_out=held_out)
+
+
+@contextmanager
+def surroundings(source: Source, *, head: bool, dtype: torch.dtype, device: str) -> Iterator[Bypass]:
+    """What lies before and after the blocks, in memory: embedding, positions, final norm and, if asked for, the head."""
+    skeleton = source.skeleton
+    paths = [block.path for block in source.map.blocks]
+    output = None if head else skeleton.get_output_embeddings()
+    parts = [(name, part) for name, part in _outside(skeleton, "", paths) if part is not output]
+    for name, part in parts:
+        materialize(part, name, source.checkpoint, dtype=dtype, device=device)
+    try:
+        yield Bypass(skeleton, paths)
+    finally:
+        for _, part in parts:
+            dematerialize(part)
+
+
+def _outside(module: nn.Module, name: str, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The largest parts of a module that hold no block."""
+    if name in paths:
+        return
+    if name and not any(path.startswith(f"{name}.") for path in paths):
+        yield name, module
+        return
+    own = next((own for own, _ in module.named_parameters(recurse=False)), None)
+    if own is not None:
+        raise ModelError(f"parameter {own!r} of {name or 'the model'} lies beside the blocks; it cannot be run by blocks.")
+    for child_name, child in module.named_children():
+        yield from _outside(child, f"{name}.{child_name}".lstrip("."), paths)
+
+
+class Streams:
+    """Both streams over all batches.
+
+    The full-precision stream of the windows that statistics are fitted on is carried only where something needs it
+    (``drift``); that of the held-out windows always, for the block errors.
+
+    Args:
+        source: the original.
+        fit: windows for statistics.
+        held_out: windows for errors and decisions.
+        original_fit: carry the full-precision stream of the fit windows too.
+        folder: where streams are spilled.
+        stream_bytes: of hidden states that may stay in memory; None is no limit.
+        keep_runs: batches may wait inside a block.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        fit: Windows,
+        held_out: Windows,
+        *,
+        original_fit: bool,
+        folder: Path,
+        stream_bytes: int | None,
+        keep_runs: bool,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
+        self.batches = [*batches_of(fit, False), *batches_of(held_out, True)]
+        self._source = source
+        self._keep_runs = keep_runs
+        self._device = device
+        budget = Budget(stream_bytes)
+        self._quantized = Store(budget, folder)
+        self._original = Store(budget, folder)
+        self._carried = [i for i, batch in enumerate(self.batches) if batch.held_out or original_fit]
+        self._calls: list[list[Call]] = []
+        self._inputs = Store(budget, folder)
+        self._seen: dict[tuple[int, int], dict[int | None, int]] = {}
+        self._next_key = 0
+        with surroundings(source, head=False, dtype=dtype, device=device) as bypass:
+            for index, batch in enumerate(self.batches):
+                mask = None if batch.mask is None else batch.mask.to(device)
+                hidden, calls = bypass.record(batch.tokens.to(device), mask)
+                self._calls.append(calls)
+                self._quantized.put(index, hidden)
+                if index in self._carried:
+                    self._original.put(index, hidden)
+
+    def run_original(self, block: int, module: nn.Module, wanted: Sequence[int]) -> None:
+        """Advance the full-precision stream through the block, whose weights are still the original ones.
+
+        Args:
+            block: its index.
+            module: the block.
+            wanted: groups whose inputs are kept for `original_inputs`.
+        """
+        for index in self._carried:
+            hidden = self._original.get(index)
+            run = BlockRun(module, lambda hidden=hidden: hidden, self._calls[index][block])
+            for group in wanted:
+                self._keep_inputs(index, group, run.reach(group))
+            output = run.finish()
+            if not torch.isfinite(output).all():
+                raise NonFiniteError(
+                    f"block {block} of the original gives NaN or infinity on the calibration text in {self.dtype}; "
+                    "check the original with `mezzotint evaluate`."
+                )
+            self._original.put(index, output)
+
+    def original_inputs(self, batch: int, group: int) -> dict[int | None, Inputs]:
+        """What the full-precision stream put into a group; given once, then forgotten."""
+        kept = self._seen.pop((batch, group))
+        found = {}
+        for expert, key in kept.items():
+            tokens = None if expert is None else self._inputs.pop(key + 1)
+            found[expert] = Inputs(values=self._inputs.pop(key), tokens=tokens)
+        return found
+
+    def _keep_inputs(self, batch: int, group: int, inputs: GroupInputs) -> None:
+        keys = self._seen[batch, group] = {}
+        for expert, value in inputs.items():
+            key = keys[expert] = self._next_key
+            self._next_key += 2
+            self._inputs.put(key, value.values)
+            if value.tokens is not None:
+                self._inputs.put(key + 1, value.tokens)
+
+    def quantized_runs(self, block: int, module: nn.Module) -> list[BlockRun]:
+        """One run for each batch on the quantized stream, not yet started."""
+        return [
+            BlockRun(module, lambda i=i: self._quantized.get(i), self._calls[i][block], keep=self._keep_runs)
+            for i in range(len(self.batches))
+        ]
+
+    def finish_quantized(self, runs: Sequence[BlockRun]) -> tuple[float, float]:
+        """Advance the quantized stream; gives mean squared error and signal on the held-out windows."""
+        error = signal = count = 0.0
+        for index, (batch, run) in enumerate(zip(self.batches, runs, strict=True)):
+            output = run.finish()
+            self._quantized.put(index, output)
+            if not batch.held_out:
+                continue
+            reference = self._original.get(index)
+            real = slice(None) if batch.mask is None else batch.mask.to(output.device)
+            error += float((output - reference)[real].double().square().sum())
+            signal += float(reference[real].double().square().sum())
+            count += reference[real].numel()
+        return error / count, signal / count
+
+    def head_statistics(self) -> tuple[Statistics, Statistics]:
+        """Statistics of the head's input, the final norm's output on the quantized stream."""
+        norm = self._source.map.final_norm
+        path = "" if norm is None else norm.parameter.rpartition(".")[0]
+        module = self._source.skeleton.get_submodule(path) if norm is not None else nn.Identity()
+        if norm is not None:
+            materialize(module, path, self._source.checkpoint, dtype=self.dtype, device=self._device)
+        sums: dict[bool, Accumulator] = {}
+        for index, batch in enumerate(self.batches):
+            with torch.no_grad():
+                hidden = module(self._quantized.get(index)).flatten(0, -2)
+            weights = None if batch.mask is None else batch.mask.flatten().to(hidden)
+            if batch.held_out not in sums:
+                sums[batch.held_out] = Accumulator(hidden.shape[1], frozenset({"gram"}), device=self._device)
+            sums[batch.held_out].add(hidden, weights=weights)
+        return sums[False].finish(), sums[True].finish()
+
+    def close(self) -> None:
+        """Free memory and files."""
+        for store in (self._quantized, self._original, self._inputs):
+            store.close()

@@ -1,0 +1,43 @@
+"""What can be chosen by name: one line each, imported on first use."""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from mezzotint.errors import ConfigError, unknown
+
+
+class Registry(Mapping[str, Any]):
+    """Names to objects given as ``"package.module:attribute"``; the module is imported when the name is first used."""
+
+    def __init__(self, what: str, entries: Mapping[str, str]) -> None:
+        self.what = what
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._entries:
+            raise ConfigError(unknown(self.what, name, self._entries))
+        module, attribute = self._entries[name].split(":")
+        return getattr(import_module(module), attribute)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+TARGETS = Registry("target", {"weight": "mezzotint.targets.weight:WeightTarget"})
+TRANSFORMS = Registry("transform", {})
+GRIDS = Registry("grid", {"uniform": "mezzotint.grids.uniform:UniformGrid"})
+ROUNDINGS = Registry(
+    "rounding",
+    {"nearest": "mezzotint.rounding.nearest:Nearest", "gptq": "mezzotint.rounding.gptq:Gptq"},
+)
+FORMATS = Registry(
+    "format",
+    {
+        "compressed-tensors": "mezzotint.formats.compressed_tensors:CompressedTensors",
+        "dense": "mezzotint.formats.dense:Dense",
+    },
+)

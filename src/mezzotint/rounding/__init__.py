@@ -1,0 +1,1 @@
+"""How codes are chosen, given target, grid and statistics."""

@@ -1,0 +1,74 @@
+"""QEP: aim at the original output, given the inputs that the quantized prefix really produces."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mezzotint.core.contracts import Aim, Quadratic
+from mezzotint.core.statistics import Statistics
+from mezzotint.errors import ConfigError
+
+AUTO_ALPHAS = (0.25, 0.5, 0.75, 1.0)
+AUTO_DAMPINGS = (0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qep:
+    """Settings of quantization error propagation (arXiv 2504.09629, eq. of the weight correction).
+
+    ``T = W + alpha W D (H + lambda I)^-1`` with ``D = (X - Xh) Xh'``: the ridge pulls towards W, never towards 0.
+
+    Attributes:
+        alpha: strength from 0 (no correction) to 1 (least squares); ``auto`` chooses alpha and damping per matrix by
+            the held-out quadratic, 0 included.
+        damping: lambda as a fraction of the mean diagonal of H; not used under ``auto``.
+    """
+
+    kind: ClassVar[str] = "qep"
+    alpha: float | Literal["auto"] = 0.5
+    damping: float = 1.0
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift"})
+
+    def __post_init__(self) -> None:
+        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
+            raise ConfigError(f"target.alpha is {self.alpha}; it must be from 0 to 1, or auto.")
+        if not 0 <= self.damping <= 100:
+            raise ConfigError(f"target.damping is {self.damping}; it must be from 0 to 100 (typical 0.01 to 1).")
+
+    def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
+        """The corrected weight.
+
+        Raises:
+            ConfigError: there are no statistics with drift, or ``auto`` has no held-out ones.
+        """
+        w = weight if weight.dtype == torch.float64 else weight.float()
+        if fit is None or fit.drift is None:
+            raise ConfigError("target 'qep' needs calibration statistics of both streams; use target 'weight' instead.")
+        drift = fit.drift
+        quadratic = quadratic_of(w, fit)
+        if self.alpha != "auto":
+            matrix = w + self.alpha * fit.solve(w @ drift, self.damping) if self.alpha > 0 else w
+            return Aim(matrix=matrix, quadratic=quadratic, corrected=self.alpha > 0)
+        if held_out is None or held_out.drift is None:
+            raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
+        judge = quadratic_of(w, held_out)
+        best, chosen, decisions = judge.value(w).sum(), w, {"alpha": 0.0, "damping": 0.0}
+        for damping in AUTO_DAMPINGS:
+            correction = fit.solve(w @ drift, damping)
+            for alpha in AUTO_ALPHAS:
+                candidate = w + alpha * correction
+                loss = judge.value(candidate).sum()
+                if loss < best:
+                    best, chosen, decisions = loss, candidate, {"alpha": alpha, "damping": damping}
+        return Aim(matrix=chosen, quadratic=quadratic, corrected=decisions["alpha"] > 0, decisions=decisions)
+
+
+def quadratic_of(weight: Float[Tensor, "out in"], s: Statistics) -> Quadratic:
+    """``||W X - V Xh||^2`` as a function of V, less the energy of ``W (X - Xh)``, which no V changes."""
+    cross = weight @ (s.gram if s.drift is None else s.gram + s.drift)
+    if s.residual is not None:
+        cross = cross + s.residual
+    return Quadratic(gram=s.gram, cross=cross, const=((2 * cross - weight @ s.gram) * weight).sum(-1))

@@ -1,0 +1,101 @@
+"""Hypothesis strategies: the settings of every registered stage, and small linear layers for them.
+
+A stage that is registered and not in `GRID_SETTINGS` or `ROUNDING_SETTINGS` is tested with its default settings; add a
+line to have its settings drawn too.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import lcm
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from mezzotint.core.contracts import Grid
+from mezzotint.registry import GRIDS, ROUNDINGS
+from mezzotint.testing.problems import LinearProblem, ProblemSettings, make_problem
+
+DTYPES = (torch.float32, torch.float64)
+_MOST_COLUMNS = 40
+
+
+def _uniform_grids() -> st.SearchStrategy[Grid]:
+    return st.builds(
+        GRIDS["uniform"],
+        bits=st.integers(2, 8),
+        group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
+        symmetric=st.booleans(),
+        range=st.sampled_from(["minmax", "error", "weighted"]),
+        scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
+    )
+
+
+def _gptq_settings() -> st.SearchStrategy[Any]:
+    return st.builds(
+        ROUNDINGS["gptq"],
+        damping=st.sampled_from([0.001, 0.01, 0.1, 1.0]),
+        order=st.sampled_from(["natural", "diagonal"]),
+        block_size=st.sampled_from([1, 4, 7, 128]),
+    )
+
+
+GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {"uniform": _uniform_grids}
+ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
+
+
+def grids(name: str) -> st.SearchStrategy[Grid]:
+    """Settings of the grid of that name."""
+    return GRID_SETTINGS[name]() if name in GRID_SETTINGS else st.builds(GRIDS[name])
+
+
+def roundings(name: str) -> st.SearchStrategy[Any]:
+    """Settings of the rounding of that name."""
+    return ROUNDING_SETTINGS[name]() if name in ROUNDING_SETTINGS else st.builds(ROUNDINGS[name])
+
+
+@st.composite
+def problem_settings(
+    draw: Callable[..., Any], grid: st.SearchStrategy[Grid] | None = None, dtypes: tuple = DTYPES
+) -> ProblemSettings:
+    """Settings of a problem: one row, one column, ragged groups, dead and duplicated columns, zero rows, few tokens."""
+    chosen = draw(_uniform_grids() if grid is None else grid)
+    units = [lcm(t, m) for t, m in zip(chosen.tile, chosen.multiple, strict=True)]
+    rows = draw(st.integers(1, 4)) * units[0]
+    columns = draw(st.integers(1, max(1, _MOST_COLUMNS // units[1]))) * units[1]
+    some_columns = st.lists(st.integers(0, columns - 1), max_size=2, unique=True)
+    sources, copies = draw(some_columns), draw(some_columns)
+    drawn = {
+        "grid": chosen,
+        "rows": rows,
+        "columns": columns,
+        "tokens": draw(st.sampled_from([2, columns, 3 * columns])),
+        "seed": draw(st.integers(0, 2**20)),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "dead_columns": tuple(draw(some_columns)),
+        "zero_rows": tuple(draw(st.lists(st.integers(0, rows - 1), max_size=1))),
+        "duplicates": tuple(zip(sources, copies, strict=False)),
+    }
+    with _random_left_alone():
+        return ProblemSettings(**drawn)
+
+
+def linear_problems(grid: st.SearchStrategy[Grid] | None = None, dtypes: tuple = DTYPES) -> st.SearchStrategy[Any]:
+    """Linear layers to quantize (`LinearProblem`), on uniform grids unless told otherwise; see `problem_settings`."""
+
+    def make(settings: ProblemSettings) -> LinearProblem:
+        with _random_left_alone():
+            return make_problem(settings)
+
+    return problem_settings(grid, dtypes).map(make)
+
+
+@contextmanager
+def _random_left_alone() -> Iterator[None]:
+    """Run-time type checkers look at a random element of a container; Hypothesis forbids that inside strategies."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)

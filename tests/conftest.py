@@ -1,0 +1,12 @@
+"""What all tests share: a fixed stream of examples and one thread, so that a run repeats bit for bit."""
+
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", derandomize=True, max_examples=25, **_COMMON)
+# a search for new failures: pytest --hypothesis-profile=thorough
+settings.register_profile("thorough", max_examples=1000, **_COMMON)
+settings.load_profile("default")
+
+torch.set_num_threads(1)

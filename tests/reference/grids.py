@@ -1,0 +1,72 @@
+"""Float64 twins of the grids: every code is tried, every candidate is tried. Numpy only, nothing of ours."""
+
+from itertools import product
+from math import ceil
+
+import numpy as np
+
+
+def uniform_value(code, scale, zero_point):
+    return scale * (code - zero_point)
+
+
+def nearest_uniform(value, scale, zero_point, bits):
+    """The code whose value is nearest, found by trying all of them."""
+    distance = [abs(uniform_value(code, scale, zero_point) - value) for code in range(2**bits)]
+    return int(np.argmin(distance))
+
+
+def encode_uniform(values, scale, zero_point, bits, group_size):
+    """Codes of a matrix; column ``j`` belongs to group ``j // group_size``."""
+    code = np.zeros(values.shape, dtype=np.int64)
+    for r, j in product(*map(range, values.shape)):
+        g = j // group_size
+        code[r, j] = nearest_uniform(values[r, j], scale[r, g], zero_point[r, g], bits)
+    return code
+
+
+def decode_uniform(code, scale, zero_point, group_size):
+    value = np.zeros(code.shape)
+    for r, j in product(*map(range, code.shape)):
+        g = j // group_size
+        value[r, j] = uniform_value(int(code[r, j]), scale[r, g], zero_point[r, g])
+    return value
+
+
+def squared_error(values, importance, scale, zero_point, bits):
+    """Of one group."""
+    error = 0.0
+    for value, weight in zip(values, importance, strict=True):
+        near = uniform_value(nearest_uniform(value, scale, zero_point, bits), scale, zero_point)
+        error += weight * (near - value) ** 2
+    return error
+
+
+def least_error(values, importance, bits, *, symmetric, shrink=0.8, steps=80, span=1):
+    """The least squared error of one group over all ranges and zero points of the search, in unrounded scales."""
+    top, half = 2**bits - 1, 2 ** (bits - 1)
+    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    pairs = []
+    for i in range(steps):
+        p, between = 1 - i * shrink / steps, 1 - (i + 0.5) * shrink / steps
+        if symmetric:
+            pairs.append((p * max(-low, high) / half, half))
+            pairs.append((between * max(-low, high) / (half - 0.5), half))
+            continue
+        scale = p * (high - low) / top
+        near = int(np.clip(np.rint(-low * p / scale), 0, top))
+        pairs += [(scale, z) for z in range(max(near - span, 0), min(near + span, top) + 1)]
+    return min(squared_error(values, importance, scale, zero_point, bits) for scale, zero_point in pairs)
+
+
+def uniform_sizes(shape, *, bits, group_size, scale_bits, symmetric):
+    """Bits of what the uniform grid stores, counted one by one: (codes, scales and zero points)."""
+    rows, columns = shape
+    code = sum(bits for _ in range(rows) for _ in range(columns))
+    side = 0
+    for _ in range(rows):
+        for _ in range(ceil(columns / (group_size or columns))):
+            side += scale_bits
+            if not symmetric:
+                side += bits
+    return code, side

@@ -1,0 +1,82 @@
+"""Float64 twins of the kernels: loops over numbers, numpy only, nothing of ours."""
+
+import numpy as np
+
+
+def pack(code, bits):
+    rows, n = code.shape
+    words = -(-n * bits // 32)
+    out = np.zeros((rows, words), dtype=np.int64)
+    for r in range(rows):
+        stream = sum(int(c) << (i * bits) for i, c in enumerate(code[r]))  # one large integer
+        for w in range(words):
+            out[r, w] = (stream >> (32 * w)) & 0xFFFFFFFF
+    return out.astype(np.uint32).view(np.int32)
+
+
+def unpack(packed, bits, n):
+    rows = packed.shape[0]
+    out = np.zeros((rows, n), dtype=np.uint8)
+    for r in range(rows):
+        stream = sum(int(w) << (32 * i) for i, w in enumerate(packed[r].view(np.uint32)))
+        for i in range(n):
+            out[r, i] = (stream >> (i * bits)) & (2**bits - 1)
+    return out
+
+
+def encode(value, scale, zero_point, bits):
+    return np.clip(np.rint(value / scale) + zero_point, 0, 2**bits - 1)
+
+
+def decode(code, scale, zero_point):
+    return scale * (code - zero_point)
+
+
+def groups(n, group_size):
+    return [slice(start, min(start + group_size, n)) for start in range(0, n, group_size)]
+
+
+def full_range(w, bits, symmetric):
+    """Scale and zero point of one group, in exact scales."""
+    low, high, half, top = min(w.min(), 0.0), max(w.max(), 0.0), 2 ** (bits - 1), 2**bits - 1
+    if low == high:
+        return 1.0, float(half if symmetric else 0)
+    if symmetric:
+        return max(-low / half, high / (half - 1)), float(half)
+    scale = (high - low) / top
+    return scale, float(np.clip(np.rint(-low / scale), 0, top))
+
+
+def candidates(w, bits, symmetric, *, steps, shrink, span):
+    """Every scale and zero point that the search of one group may choose, in exact scales."""
+    low, high, half, top = min(w.min(), 0.0), max(w.max(), 0.0), 2 ** (bits - 1), 2**bits - 1
+    extreme = max(-low, high)
+    for i in range(steps):
+        p, between = 1 - i * shrink / steps, 1 - (i + 0.5) * shrink / steps
+        if symmetric:
+            yield p * extreme / half, half
+            yield between * extreme / (half - 0.5), half
+        else:
+            scale = p * (high - low) / top
+            centre = np.clip(np.rint(-low * p / scale), 0, top)
+            for d in range(-span, span + 1):
+                yield scale, np.clip(centre + d, 0, top)
+
+
+def squared_error(w, importance, scale, zero_point, bits):
+    difference = decode(encode(w, scale, zero_point, bits), scale, zero_point) - w
+    return float((importance * difference**2).sum())
+
+
+def gptq(work, factor, scale, zero_point, bits):
+    """Code, error and the values at the moment of rounding."""
+    work = work.copy()
+    rows, k = work.shape
+    code, error = np.zeros((rows, k)), np.zeros((rows, k))
+    for r in range(rows):
+        for j in range(k):
+            code[r, j] = encode(work[r, j], scale[r, j], zero_point[r, j], bits)
+            error[r, j] = (work[r, j] - decode(code[r, j], scale[r, j], zero_point[r, j])) / factor[j, j]
+            for c in range(j + 1, k):
+                work[r, c] -= error[r, j] * factor[j, c]
+    return code, error, work
