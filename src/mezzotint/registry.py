@@ -27,7 +27,10 @@ class Registry(Mapping[str, Any]):
         return len(self._entries)
 
 
-TARGETS = Registry("target", {"weight": "mezzotint.targets.weight:WeightTarget"})
+TARGETS = Registry(
+    "target",
+    {"weight": "mezzotint.targets.weight:WeightTarget", "qep": "mezzotint.targets.qep:Qep"},
+)
 TRANSFORMS = Registry("transform", {})
 GRIDS = Registry("grid", {"uniform": "mezzotint.grids.uniform:UniformGrid"})
 ROUNDINGS = Registry(

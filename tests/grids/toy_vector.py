@@ -66,7 +66,7 @@ class FittedToy:
 
     def new_code(self):
         rows, columns = self.grid.tile
-        return torch.empty(self.shape[0] // rows, self.shape[1] // columns, dtype=torch.int64)
+        return torch.zeros(self.shape[0] // rows, self.shape[1] // columns, dtype=torch.int64)
 
     def encode_(self, code, values, columns):
         width = self.grid.tile[1]
@@ -78,7 +78,7 @@ class FittedToy:
 
     def encode(self, values):
         rows, width = self.grid.tile
-        tiles = values.reshape(-1, rows, values.shape[1] // width, width).transpose(1, 2).flatten(2)
+        tiles = values.reshape(values.shape[0] // rows, rows, values.shape[1] // width, width).transpose(1, 2).flatten(2)
         entries = table(self.grid.tile).to(values.dtype) * self.scale[:, None, None]
         return (tiles[:, :, None] - entries[:, None]).square().sum(-1).argmin(-1)
 

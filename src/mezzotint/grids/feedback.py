@@ -13,6 +13,8 @@ def feed_tiles_(
     work: Float[Tensor, "out k"],
     upper: Float[Tensor, "k k"],
     columns: Int[Tensor, " k"],
+    *,
+    carry: Float[Tensor, "k k"] | None = None,
 ) -> Float[Tensor, "out k"]:
     """Round tiles of columns in turn, feeding each error forward; modifies ``code`` and ``work``.
 
@@ -25,6 +27,7 @@ def feed_tiles_(
         work: targets of these columns; on return, their values at the moment of rounding.
         upper: the diagonal block of the factor ``U`` with ``inv(H) = U' U`` for these columns.
         columns: their places in the matrix, in visiting order, whole tiles.
+        carry: strictly upper; later columns also gain ``w_t @ carry[t, later]``, the values before rounding (GPTAQ).
 
     Returns:
         ``E``: what later columns must be corrected by is ``E @ U[these, later]``.
@@ -41,4 +44,6 @@ def feed_tiles_(
             tile = upper[start:end, start:end]
             error[:, start:end] = torch.linalg.solve_triangular(tile, now - value, upper=True, left=False)
         work[:, end:] -= error[:, start:end] @ upper[start:end, end:]
+        if carry is not None:
+            work[:, end:] += now @ carry[start:end, end:]
     return error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -39,7 +40,7 @@ def load_config(folder: Path | str, trust_remote_code: bool = False) -> PreTrain
             config = AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=trust_remote_code, local_files_only=root.exists()
             )
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(_config_error(root, error)) from error
     _check_quantization(config)
     return config
@@ -57,10 +58,10 @@ def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) ->
     try:
         with quiet(), no_init_weights(), _parameters_on_meta():
             skeleton = AutoModelForCausalLM.from_config(own, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as error:
         raise ModelError(
             f"model type {config.model_type!r} cannot be built as a causal language model "
-            f"({type(error).__name__}: {_first_line(error)}). Give a text model, or the text part of this one."
+            f"({type(error).__name__}: {_briefly(error)}). Give a text model, or the text part of this one."
         ) from error
     skeleton.tie_weights()
     skeleton.eval().requires_grad_(False)
@@ -93,10 +94,10 @@ def materialize(
     loaded: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in loaded:
-            value = checkpoint.parameter(dot + name)
+            value = checkpoint.parameter(dot + name).to(device)
             if dtype is not None and value.is_floating_point():
                 value = value.to(torch.float32 if wide(dot + name) else dtype)
-            loaded[id(parameter)] = nn.Parameter(value.to(device), requires_grad=False)
+            loaded[id(parameter)] = nn.Parameter(value, requires_grad=False)
         _assign(module, name, loaded[id(parameter)])
     persistent = set(module.state_dict())
     for name, buffer in list(module.named_buffers(remove_duplicate=False)):
@@ -184,7 +185,7 @@ def _check_quantization(config: PreTrainedConfig) -> None:
 def _config_error(root: Path, error: Exception) -> str:
     if not root.exists():
         return (
-            f"model {str(root)!r} is neither a folder nor a model that the hub can give ({_first_line(error)}). "
+            f"model {str(root)!r} is neither a folder nor a model that the hub can give ({_briefly(error)}). "
             "Give the folder that holds config.json and model.safetensors."
         )
     try:
@@ -201,9 +202,10 @@ def _config_error(root: Path, error: Exception) -> str:
         )
     return (
         f"model type {model_type!r} of {str(root)!r} cannot be configured by transformers {transformers.__version__} "
-        f"({_first_line(error)}). Update transformers, or check config.json."
+        f"({_briefly(error)}). Update transformers, or check config.json."
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+def _briefly(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."

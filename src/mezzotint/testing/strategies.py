@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from mezzotint.core.contracts import Grid
 from mezzotint.registry import GRIDS, ROUNDINGS
-from mezzotint.testing.problems import LinearProblem, ProblemSettings, make_problem
+from mezzotint.testing.problems import OPTIONAL_SUMS, LinearProblem, ProblemSettings, make_problem
 
 DTYPES = (torch.float32, torch.float64)
+STATISTICS = frozenset({"gram"}) | OPTIONAL_SUMS
 _MOST_COLUMNS = 40
 
 

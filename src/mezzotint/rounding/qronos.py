@@ -1,0 +1,72 @@
+"""Qronos: correct the past with each column's choice, shape the future with all later ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from mezzotint.core.contracts import Aim, FittedGrid, Rounded
+from mezzotint.core.statistics import Statistics
+from mezzotint.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qronos:
+    """Settings of Qronos (arXiv 2505.11695) in its efficient form.
+
+    With ``C = W (G + lambda I)``, ``G = H + D``: the first column is ``Q((C_1 - w_rest H_rest,1) / H_11)``, then the rest
+    becomes ``(C_rest - q_1 H_1,rest) H_rest^-1``, and from there it is GPTQ with the factor of ``H_rest``. Equal to least
+    squares on the drift followed by GPTQ, but for the choice of the first column (MATH.md section 7).
+
+    Attributes:
+        damping: ridge added to H and G alike, as a fraction of the mean diagonal of H.
+        order: in which columns are visited, see `Gptq`.
+        block_size: columns per lazy update; never changes the result.
+    """
+
+    kind: ClassVar[str] = "qronos"
+    damping: float = 0.01
+    order: Literal["diagonal", "natural"] = "diagonal"
+    block_size: int = 128
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift"})
+    accepts_corrected: ClassVar[bool] = False
+    scalar_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 100:
+            raise ConfigError(f"rounding.damping is {self.damping}; it must be from 0 to 100 (typical 0.01).")
+
+    def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
+        """Codes for the weight; the aim must not be corrected already.
+
+        Raises:
+            ConfigError: there are no statistics with drift, or the aim is corrected.
+        """
+        if fit is None or fit.drift is None:
+            raise ConfigError("rounding 'qronos' needs calibration statistics of both streams; use 'gptq' instead.")
+        if aim.corrected:
+            raise ConfigError("rounding 'qronos' corrects for drift itself; with a corrected target that counts twice.")
+        w = aim.matrix
+        factor = fit.factor(self.damping, self.order)
+        columns = torch.arange(w.shape[1], device=w.device) if factor.permutation is None else factor.permutation
+        upper = factor.upper.to(w.dtype)
+        first, rest = columns[:1], columns[1:]
+        # gram + drift with the ridge in both; the ridge makes W, not 0, what weak directions fall back to
+        ridge = self.damping * fit.gram.diagonal().mean()
+        cross = w @ (fit.gram + fit.drift).to(w.dtype) + ridge * w
+        row = fit.gram[first[0]].to(w.dtype)
+        diagonal = row[first] + ridge
+        ideal = (cross[:, first] - (w[:, rest] @ row[rest]).unsqueeze(1)) / diagonal if float(diagonal) > 0 else w[:, first]
+        code = grid.new_code()
+        value = grid.encode_(code, ideal, first)
+        later = upper[1:, 1:]
+        work = (cross[:, rest] - value * row[rest]) @ later.t() @ later
+        before = torch.empty_like(w)
+        before[:, first] = ideal
+        for start in range(0, len(rest), self.block_size):
+            block = slice(start, min(start + self.block_size, len(rest)))
+            piece = work[:, block].contiguous()
+            error = grid.feed_(code, piece, later[block, block].contiguous(), rest[block])
+            work[:, block.stop :].addmm_(error, later[block, block.stop :], alpha=-1)
+            before.index_copy_(1, rest[block], piece)
+        return Rounded(code=code, grid=grid, value=grid.decode(code), before=before)

@@ -1,0 +1,55 @@
+"""LoaQ: aim at the original output of the residual stream, where a linear's output is added to it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mezzotint.core.contracts import Aim
+from mezzotint.core.statistics import Statistics
+from mezzotint.errors import ConfigError
+from mezzotint.targets.qep import quadratic_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaq:
+    """Settings of LoaQ (arXiv 2509.06297; MATH.md section 8).
+
+    ``T = W + [alpha W D + beta Gamma](H + lambda I)^-1`` with ``Gamma = (R - Rh) Xh'``, the drift of the residual stream
+    that the output is added to. Where nothing is added unchanged (post-norms, and every linear but the last of
+    attention and MLP), Gamma does not exist and the target is QEP's.
+
+    Attributes:
+        alpha: strength of the correction for the inputs, 0 to 1.
+        beta: strength of the correction for the residual stream, 0 to 1.
+        damping: lambda as a fraction of the mean diagonal of H.
+    """
+
+    kind: ClassVar[str] = "loaq"
+    alpha: float = 0.5
+    beta: float = 0.5
+    damping: float = 1.0
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift", "residual"})
+
+    def __post_init__(self) -> None:
+        for name, value, limit in (("alpha", self.alpha, 1), ("beta", self.beta, 1), ("damping", self.damping, 100)):
+            if not 0 <= value <= limit:
+                raise ConfigError(f"target.{name} is {value}; it must be from 0 to {limit}.")
+
+    def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
+        """The corrected weight.
+
+        Raises:
+            ConfigError: there are no statistics with drift.
+        """
+        w = weight if weight.dtype == torch.float64 else weight.float()
+        if fit is None or fit.drift is None:
+            raise ConfigError("target 'loaq' needs calibration statistics of both streams; use target 'weight' instead.")
+        pull = self.alpha * (w @ fit.drift)
+        decisions: dict[str, float | str] = {}
+        if fit.residual is not None:
+            pull = pull + self.beta * fit.residual
+        matrix = w + fit.solve(pull, self.damping)
+        return Aim(matrix=matrix, quadratic=quadratic_of(w, fit), corrected=True, decisions=decisions)
