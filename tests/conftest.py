@@ -4,7 +4,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("default", derandomize=True, max_examples=25, **_COMMON)
+settings.register_profile("default", derandomize=True, max_examples=15, **_COMMON)
 # a search for new failures: pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 settings.load_profile("default")

@@ -20,6 +20,10 @@ class Registry(Mapping[str, Any]):
         module, attribute = self._entries[name].split(":")
         return getattr(import_module(module), attribute)
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping would look the name up: import the module, and raise for an unknown name
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -29,13 +33,22 @@ class Registry(Mapping[str, Any]):
 
 TARGETS = Registry(
     "target",
-    {"weight": "mezzotint.targets.weight:WeightTarget", "qep": "mezzotint.targets.qep:Qep"},
+    {
+        "weight": "mezzotint.targets.weight:WeightTarget",
+        "qep": "mezzotint.targets.qep:Qep",
+        "loaq": "mezzotint.targets.loaq:Loaq",
+    },
 )
 TRANSFORMS = Registry("transform", {})
 GRIDS = Registry("grid", {"uniform": "mezzotint.grids.uniform:UniformGrid"})
 ROUNDINGS = Registry(
     "rounding",
-    {"nearest": "mezzotint.rounding.nearest:Nearest", "gptq": "mezzotint.rounding.gptq:Gptq"},
+    {
+        "nearest": "mezzotint.rounding.nearest:Nearest",
+        "gptq": "mezzotint.rounding.gptq:Gptq",
+        "gptaq": "mezzotint.rounding.gptaq:Gptaq",
+        "qronos": "mezzotint.rounding.qronos:Qronos",
+    },
 )
 FORMATS = Registry(
     "format",

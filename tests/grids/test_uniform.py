@@ -7,14 +7,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import grids as reference
 
 from mezzotint.errors import ConfigError
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.testing import strategies
+from reference import grids as reference
 
 
-def uniform_problems(grid):
+def uniform_problems(group_sizes, ranges, *, most_bits, symmetric=None):
+    grid = st.builds(
+        UniformGrid,
+        bits=st.integers(2, most_bits),
+        group_size=st.sampled_from(group_sizes),
+        symmetric=st.booleans() if symmetric is None else st.just(symmetric),
+        range=st.sampled_from(ranges),
+        scale_dtype=st.just("float32"),
+    )
     return strategies.linear_problems(grid, dtypes=(torch.float64,))
 
 
@@ -27,21 +35,18 @@ def groups(problem):
             yield row, start // size, slice(start, min(start + size, width))
 
 
-@given(uniform_problems(st.builds(UniformGrid, bits=st.integers(2, 8), group_size=st.sampled_from([None, 1, 3, 16]),
-                                  symmetric=st.booleans(), range=st.just("minmax"), scale_dtype=st.just("float32"))))  # fmt: skip
+@given(uniform_problems([None, 1, 3, 16], ["minmax"], most_bits=8))
 def test_the_plain_range_clips_nothing(problem):
     """Every error is at most half a step, or a whole one where the rounded zero point moves an end by half a step."""
     value = problem.grid.decode(problem.grid.encode(problem.weight))
     for row, group, columns in groups(problem):
         scale = float(problem.grid.scale[row, group])
         error = float((value - problem.weight)[row, columns].abs().max())
-        # 1e-6: the scale is rounded to float32, half an ulp (6e-8) on up to 255 steps, of which half a step is compared
+        # 2e-5: the scale is rounded to float32, half an ulp (6e-8), and up to 255 steps of it add up
         assert error <= scale * ((0.5 if problem.grid.grid.symmetric else 1.0) + 2e-5)
 
 
-@given(uniform_problems(st.builds(UniformGrid, bits=st.integers(2, 4), group_size=st.sampled_from([None, 5]),
-                                  symmetric=st.booleans(), range=st.sampled_from(["error", "weighted"]),
-                                  scale_dtype=st.just("float32"))))  # fmt: skip
+@given(uniform_problems([None, 5], ["error", "weighted"], most_bits=4))
 def test_the_search_finds_the_least_error_of_all_candidates(problem):
     weight, importance = problem.weight.numpy()[:2], problem.statistics.importance.numpy()
     grid = problem.grid.grid
@@ -58,7 +63,7 @@ def test_the_search_finds_the_least_error_of_all_candidates(problem):
         assert found == pytest.approx(least, rel=1e-4, abs=1e-12)
 
 
-@given(uniform_problems(st.builds(UniformGrid, bits=st.integers(2, 8), range=st.just("error"))))
+@given(uniform_problems([None, 5], ["error"], most_bits=8, symmetric=False))
 def test_no_range_search_loses_to_the_plain_range_it_contains(problem):
     """Asymmetric, the full range is the first candidate."""
     plain = replace(problem.grid.grid, range="minmax").fit(problem.weight, None)

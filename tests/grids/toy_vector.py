@@ -78,7 +78,9 @@ class FittedToy:
 
     def encode(self, values):
         rows, width = self.grid.tile
-        tiles = values.reshape(values.shape[0] // rows, rows, values.shape[1] // width, width).transpose(1, 2).flatten(2)
+        tiles = (
+            values.reshape(values.shape[0] // rows, rows, values.shape[1] // width, width).transpose(1, 2).flatten(2)
+        )
         entries = table(self.grid.tile).to(values.dtype) * self.scale[:, None, None]
         return (tiles[:, :, None] - entries[:, None]).square().sum(-1).argmin(-1)
 

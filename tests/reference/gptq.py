@@ -37,7 +37,11 @@ def gptq_by_refit(weight, hessian, quantize, order, tile=1):
     value, before = np.zeros_like(weight), np.zeros_like(weight)
     done, left = [], list(order)
     while left:
-        shift = (weight[:, done] - value[:, done]) @ hessian[np.ix_(done, left)] @ np.linalg.inv(hessian[np.ix_(left, left)])
+        shift = (
+            (weight[:, done] - value[:, done])
+            @ hessian[np.ix_(done, left)]
+            @ np.linalg.inv(hessian[np.ix_(left, left)])
+        )
         now = left[:tile]
         before[:, now] = weight[:, now] + shift[:, :tile]
         value[:, now] = quantize(before[:, now], now)
@@ -62,7 +66,7 @@ def ldlq(weight, hessian, quantize, order, tile=1):
 
 
 def unit_upper(matrix, tile):
-    """``M`` of ``matrix = M D M'`` with D block diagonal and M unit upper triangular in blocks: from the last block on."""
+    """``M`` of ``matrix = M D M'`` with D block diagonal and M unit upper in blocks: from the last block on."""
     n = matrix.shape[0]
     rest, unit = matrix.copy(), np.eye(n)
     for start in reversed(range(0, n, tile)):

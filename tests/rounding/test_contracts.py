@@ -2,13 +2,14 @@
 
 from dataclasses import fields, replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from grids.toy_vector import ToyVectorGrid
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grids.toy_vector import ToyVectorGrid
 from mezzotint.registry import GRIDS, ROUNDINGS
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import (
@@ -147,16 +148,16 @@ def large_problems(grid):
         make_problem(
             ProblemSettings(grid=GRIDS[grid](), rows=64, columns=96, tokens=200, seed=seed, dtype=torch.float32)
         )
-        for seed in range(8)
+        for seed in range(4)
     ]
 
 
 def assert_share_below_limit(rounding, grid, first, second):
-    """Two ways to compute the same values: the share of those that differ, against its expectation.
+    """Two ways to compute the same values: the share of those that differ, against a limit.
 
-    Markov: it is above ten times the expectation in less than one stream of problems in ten; the streams here are
-    fixed, and real errors are about sqrt(n) below the bounds that the expectation is computed from. A rounding without
-    error feedback must not differ at all.
+    The limit is the expected share if all values differ by as much as their bounds allow. They differ by at most a
+    fortieth of that (measured; sums of n random errors grow with sqrt(n), bounds with n), so by Markov less than one
+    stream of problems in forty is above it; the streams here are fixed. Without error feedback nothing may differ.
     """
     shares, limits = [], []
     for problem in large_problems(grid):
@@ -167,18 +168,18 @@ def assert_share_below_limit(rounding, grid, first, second):
             factor = problem.statistics.factor(stage.damping, stage.order)
             difference = feedback_error(solve(stage, problem), problem.weight, factor)
             limits[-1] = expected_share(difference, column_scale(problem.grid), factor.permutation)
-    assert sum(shares) <= 10 * sum(limits), (shares, limits)
+    assert sum(shares) <= sum(limits), (shares, limits)
 
 
 @pytest.mark.parametrize(("rounding", "grid"), AFFINE)
 def test_rows_are_independent_in_float32(rounding, grid):
     stage = ROUNDINGS[rounding]()
 
-    def one_by_one(problem):
-        rows = range(problem.weight.shape[0])
-        return torch.cat([solve(stage, problem.take_rows(slice(r, r + 1))).value for r in rows])
+    def in_parts(problem):
+        cuts = [0, 1, 5, 20, 64]  # shapes for which libraries multiply matrices differently
+        return torch.cat([solve(stage, problem.take_rows(slice(a, b))).value for a, b in pairwise(cuts)])
 
-    assert_share_below_limit(rounding, grid, one_by_one, lambda problem: solve(stage, problem).value)
+    assert_share_below_limit(rounding, grid, in_parts, lambda problem: solve(stage, problem).value)
 
 
 @pytest.mark.parametrize(("rounding", "grid"), [pair for pair in AFFINE if pair in BLOCKED])
@@ -205,3 +206,9 @@ def test_name_and_needs(rounding):
     assert stage.kind == rounding
     assert stage.needs <= strategies.STATISTICS
     assert {type(stage.accepts_corrected), type(stage.scalar_only)} == {bool}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_bad_settings_are_refused(rounding):
+    for settings in strategies.bad_settings(ROUNDINGS[rounding]):
+        strategies.assert_refused(ROUNDINGS[rounding], settings)

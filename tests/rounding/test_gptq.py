@@ -5,19 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from grids.toy_vector import ToyVectorGrid
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import gptq as reference
-from reference import grids as reference_grids
-from reference import linalg
 
+from grids.toy_vector import ToyVectorGrid
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError, NotPositiveDefiniteError
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import ProblemSettings, feedback_error, make_problem
+from reference import gptq as reference
+from reference import grids as reference_grids
+from reference import linalg
 
 F64 = (torch.float64,)
 TOYS = [ToyVectorGrid(tile=(1, 2)), ToyVectorGrid(tile=(2, 4))]
@@ -94,9 +94,7 @@ def test_the_objective_is_below_that_of_nearest():
     """A sanity check that no twin can share a mistake with: averaged over problems, feedback pays."""
     ratios = []
     for seed in range(10):
-        settings = ProblemSettings(
-            grid=UniformGrid(bits=3, group_size=None), rows=8, columns=48, tokens=200, seed=seed
-        )
+        settings = ProblemSettings(grid=UniformGrid(bits=3, group_size=None), rows=8, columns=48, tokens=200, seed=seed)
         problem = make_problem(settings)
         hessian, weight = problem.statistics.gram.numpy(), problem.weight.numpy()
         nearest = problem.grid.decode(problem.grid.encode(problem.weight)).numpy()
@@ -132,17 +130,3 @@ def test_singular_hessian_names_the_column():
     gram[1, 1] = -1
     with pytest.raises(NotPositiveDefiniteError, match=r"at column 1: diagonal -1\.000e\+00"):
         Gptq().round(problem.aim, problem.grid, replace(problem.statistics, gram=gram))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"damping": -0.5}, r"rounding\.damping is -0\.5; it must be from 0 to 100"),
-        ({"damping": float("nan")}, r"rounding\.damping is nan; it must be from 0 to 100"),
-        ({"block_size": 0}, r"rounding\.block_size is 0; it must be at least 1"),
-    ],
-)
-def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        Gptq(**settings)
-

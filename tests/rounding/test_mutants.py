@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+
 from grids import toy_vector
 from grids.toy_vector import ToyVectorGrid
-from rounding.test_gptq import assert_matches_twin
-
 from mezzotint.core import linalg, statistics
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import NotPositiveDefiniteError
@@ -22,6 +21,7 @@ from mezzotint.grids.uniform import FittedUniform, UniformGrid
 from mezzotint.kernels import reference as kernels
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.testing.problems import ProblemSettings, make_problem
+from rounding.test_gptq import assert_matches_twin
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ UNIFORM = {
         "work[:, j + 1 :] -= error[:, j, None] * factor[j, j + 1 :]",
         "work[:, j + 2 :] -= error[:, j, None] * factor[j, j + 2 :]",
     ),
-    "lazy update forgotten": rounding("(error, upper[start:end, end:], alpha=-1)", "(error, upper[start:end, end:], alpha=0)"),
+    "lazy update forgotten": rounding("upper[start:end, end:], alpha=-1)", "upper[start:end, end:], alpha=0)"),
     "lazy update off by one": rounding(
         "work[:, end:].addmm_(error, upper[start:end, end:]",
         "work[:, end + 1 :].addmm_(error, upper[start:end, end + 1 :]",
@@ -91,9 +91,9 @@ UNIFORM = {
     "lazy update without the last column": rounding(
         "addmm_(error, upper[start:end, end:]", "addmm_(error[:, :-1], upper[start : end - 1, end:]"
     ),
-    "diagonal block of U not taken at its place": rounding("upper[start:end, start:end]", "upper[: end - start, : end - start]"),
+    "first block of U for all": rounding("upper[start:end, start:end]", "upper[: end - start, : end - start]"),
     "weights not permuted": rounding("aim.matrix.index_select(1, columns)", "aim.matrix.clone()"),
-    "columns of the codes not permuted": rounding("contiguous(), columns[start:end])", "contiguous(), torch.arange(start, end))"),
+    "codes not permuted back": rounding("contiguous(), columns[start:end]", "contiguous(), torch.arange(start, end)"),
     "values before rounding not permuted back": rounding("before.index_copy_(1, columns, work)", "before.copy_(work)"),
     "values before rounding from before the block": rounding("work[:, start:end] = piece", "pass"),
     "groups in visiting order": groups(
@@ -132,7 +132,9 @@ def problems(grids):
 
 
 def uniform_problems():
-    return problems([UniformGrid(bits=3, group_size=5, range="minmax"), UniformGrid(bits=2, symmetric=True, range="error")])
+    return problems(
+        [UniformGrid(bits=3, group_size=5, range="minmax"), UniformGrid(bits=2, symmetric=True, range="error")]
+    )
 
 
 def toy_problems():

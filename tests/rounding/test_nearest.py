@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 from hypothesis import given
-from reference import grids as reference
 
 from mezzotint.rounding.nearest import Nearest
 from mezzotint.testing import strategies
+from reference import grids as reference
 
 
 @given(problem=strategies.linear_problems(dtypes=(torch.float64,)))

@@ -65,7 +65,7 @@ class Statistics:
         return replace(self, **{name: value * factor for name, value in changed.items()})
 
     def order(self, kind: str, tile: int = 1) -> Int[Tensor, " in"] | None:
-        """Visiting order of the columns: None for ``natural``, decreasing importance of whole tiles for ``diagonal``."""
+        """Visiting order of columns: None for ``natural``, decreasing importance of whole tiles for ``diagonal``."""
         if kind == "natural":
             return None
         tiles = torch.argsort(self.gram.diagonal().view(-1, tile).sum(1), descending=True, stable=True)
@@ -131,11 +131,25 @@ class Accumulator:
             quantized: inputs that the quantized prefix really produces (xh).
             original: inputs of the full-precision model (x), for ``drift``.
             residual: difference of the residual streams (r - rh), for ``residual``.
-            weights: one non-negative weight a token; None means one each. Zero leaves a token out (padding).
+            weights: one non-negative weight a token; None means one each. Zero leaves a token out (padding), whatever
+                it holds.
+
+        Raises:
+            ValueError: a sum that was asked for cannot be formed from this batch.
         """
+        if self.drift is not None and original is None:
+            raise ValueError(
+                "this batch has no `original` inputs, but `drift` was asked for; give them or leave it out"
+            )
+        if self.residual is not None and residual is None:
+            raise ValueError("this batch has no `residual` difference, but it was asked for; give it or leave it out")
+        if weights is not None and not bool(weights.all()):
+            kept = weights.nonzero().squeeze(1)  # zero times NaN is NaN
+            quantized, weights = quantized[kept], weights[kept]
+            original, residual = (None if t is None else t[kept] for t in (original, residual))
         xh = quantized.to(self.gram.dtype)
         weighted = xh if weights is None else xh * weights.to(xh.dtype).unsqueeze(-1)
-        self.tokens += float(xh.shape[0] if weights is None else weights.sum())
+        self.tokens += float(xh.shape[0] if weights is None else weights.sum(dtype=torch.float64))
         self.gram.addmm_(weighted.t(), xh)
         if self.drift is not None and original is not None:
             self.drift.addmm_((original.to(xh.dtype) - xh).t(), weighted)

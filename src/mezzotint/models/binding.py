@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from mezzotint.errors import ModelError
-from mezzotint.models.checkpoint import Checkpoint
+from mezzotint.models.checkpoint import Checkpoint, TensorInfo
 
 TensorRewrite = Callable[[str, Tensor], Tensor]
 SHOWN = 4  # names in a message
@@ -70,6 +70,11 @@ class BoundCheckpoint:
     copies: Mapping[str, tuple[str, ...]]
     unbound: tuple[str, ...]
     rewrite: TensorRewrite | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The checkpoint's tensors, by the name they have in the files."""
+        return self.checkpoint.tensors
 
     def with_rewrite(self, rewrite: TensorRewrite | None) -> "BoundCheckpoint":
         """The same checkpoint, read through ``rewrite``."""

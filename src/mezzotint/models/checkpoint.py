@@ -7,8 +7,8 @@ and the point of reading block by block is that it does not.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,10 +42,16 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Every tensor of a model folder, by the name it has in the files."""
+    """Every tensor of a model folder, by the name it has in the files.
+
+    Attributes:
+        derived: tensors that are computed when they are read (weights that are stored packed), by name; each also has
+            an entry of ``tensors`` with its dtype and shape, whose place is that of the packed codes.
+    """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
+    derived: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Checkpoint":
@@ -64,6 +70,8 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its own dtype, read straight into its own memory."""
+        if name in self.derived:
+            return self.derived[name]()
         info = self.tensors[name]
         value = torch.empty(info.shape, dtype=info.dtype)
         _fill(value, info.path, info.offset)

@@ -45,7 +45,7 @@ def calibration_windows(
 def _sampled(
     source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]
 ) -> Windows:
-    weights = sum(tensor.nbytes for tensor in source.checkpoint.checkpoint.tensors.values())
+    weights = sum(tensor.nbytes for tensor in source.checkpoint.tensors.values())
     if request.memory is not None and weights * 1.25 > request.memory:
         raise ConfigError(
             f"sampling calibration text from the model takes about {weights * 1.25 / 2**30:.1f} GiB, more than --memory "

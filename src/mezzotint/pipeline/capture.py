@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mezzotint.core import contracts
+from mezzotint.core.structure import Block
 from mezzotint.errors import ModelError
 from mezzotint.models.experts import set_observer
 
@@ -23,10 +23,12 @@ class Inputs:
     Attributes:
         values: ``[tokens, in]``.
         tokens: flat index of each row in the batch; None when every token is there, in order.
+        stream: the residual stream that the matrix's output will be added to, where it is added unchanged.
     """
 
     values: Float[Tensor, "tokens in"]
     tokens: Int[Tensor, " tokens"] | None = None
+    stream: Float[Tensor, "tokens out"] | None = None
 
 
 GroupInputs = Mapping[int | None, Inputs]  # by expert; None for a matrix that is not an expert
@@ -135,7 +137,15 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 
 class _Paused(greenlet.greenlet):
-    """One batch's pass through a block, which can stand still inside the block."""
+    """One batch's pass through a block, which can stand still inside the block.
+
+    Attributes:
+        stream: input of the norm that ran last: what the branch behind it will be added to.
+        added: outputs that a parallel block has added to the stream since.
+    """
+
+    stream: Tensor | None = None
+    added: Tensor | None = None
 
 
 class BlockRun:
@@ -188,29 +198,41 @@ class BlockRun:
         return "end", output[0] if isinstance(output, tuple) else output
 
 
-def _stop(group: int, inputs: GroupInputs) -> None:
+def _current() -> _Paused | None:
     current = greenlet.getcurrent()
-    if isinstance(current, _Paused):
+    return current if isinstance(current, _Paused) else None
+
+
+def _stop(group: int, inputs: GroupInputs) -> None:
+    current = _current()
+    if current is not None:
         assert current.parent is not None
         current.parent.switch("stop", group, inputs)
 
 
 @contextmanager
-def stops(skeleton: nn.Module, block: contracts.Block, matrices: Mapping[str, contracts.Matrix]) -> Iterator[None]:
-    """Make every `BlockRun` of this block stop at the inputs of its groups."""
+def stops(skeleton: nn.Module, block: Block, *, parallel: bool) -> Iterator[None]:
+    """Make every `BlockRun` of this block stop at the inputs of its groups.
+
+    Args:
+        skeleton: the model that the block is part of.
+        block: its groups.
+        parallel: attention and MLP are added to the same stream (`ModelMap.parallel_residual`).
+    """
     handles = []
     observed: dict[nn.Module, dict[str, int]] = {}
+    for norm in dict.fromkeys(group.norm for group in block.groups if group.norm is not None):
+        module = skeleton.get_submodule(norm.parameter.rpartition(".")[0])
+        handles.append(module.register_forward_pre_hook(_note_stream))
     for index, group in enumerate(block.groups):
         module_path, _, attribute = group.parameters[0].rpartition(".")
         module = skeleton.get_submodule(module_path)
         if group.experts:
             observed.setdefault(module, {})[attribute] = index
             continue
-
-        def hook(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
-            _stop(index, {None: Inputs(values=args[0].flatten(0, -2))})
-
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(module.register_forward_pre_hook(_linear_stop(index, group.added_to_residual)))
+        if parallel and group.added_to_residual:
+            handles.append(module.register_forward_hook(_note_added))
     for module, indices in observed.items():
         set_observer(module, _expert_stop(indices))
     try:
@@ -220,6 +242,31 @@ def stops(skeleton: nn.Module, block: contracts.Block, matrices: Mapping[str, co
             handle.remove()
         for module in observed:
             set_observer(module, None)
+
+
+def _note_stream(_: nn.Module, args: tuple[Any, ...]) -> None:
+    current = _current()
+    if current is not None:
+        current.stream, current.added = args[0], None
+
+
+def _note_added(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+    current = _current()
+    if current is not None:
+        current.added = output if current.added is None else current.added + output
+
+
+def _linear_stop(index: int, added_to_residual: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        current = _current()
+        if current is None:
+            return
+        stream = current.stream if added_to_residual else None
+        if stream is not None:
+            stream = (stream if current.added is None else stream + current.added).flatten(0, -2)
+        _stop(index, {None: Inputs(values=args[0].flatten(0, -2), stream=stream)})
+
+    return hook
 
 
 def _expert_stop(indices: Mapping[str, int]) -> Callable[[str, Mapping[int, Tensor], Mapping[int, Tensor]], None]:

@@ -10,8 +10,7 @@ import torch
 from mezzotint.calibration import Windows, check_vocabulary, consecutive_windows, load_tokenizer, read_text
 from mezzotint.errors import CalibrationError, NonFiniteError
 from mezzotint.evaluation import Divergence, Evaluation, chunks
-from mezzotint.models import Source
-from mezzotint.models.skeleton import dematerialize, materialize
+from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass
 from mezzotint.pipeline.residency import Budget, Store
 from mezzotint.pipeline.source import open_source

@@ -50,7 +50,7 @@ def written_alone(matrix: Matrix, users: Mapping[str, frozenset[str]]) -> bool:
 def make_layout(source: Source, entries: Iterable[Entry], form: Format) -> Layout:
     """The output's tensors for these entries in that format."""
     users = users_of_sources(source)
-    tensors = source.checkpoint.checkpoint.tensors
+    tensors = source.checkpoint.tensors
     direct: dict[str, tuple[TensorSpec, ...]] = {}
     shared: set[str] = set()
     for entry in entries:

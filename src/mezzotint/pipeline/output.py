@@ -31,7 +31,7 @@ class Output:
     def put(self, matrix: Matrix, weight: QuantizedWeight) -> None:
         """Write one matrix, or keep it until the parameters it is written with are complete."""
         assembly = self._planned.layout.assembly_of(matrix.parameter)
-        dtype = self._source.checkpoint.checkpoint.tensors[matrix.sources[0]].dtype
+        dtype = self._source.checkpoint.tensors[matrix.sources[0]].dtype
         if assembly is None:
             for name, value in self._planned.form.tensors(matrix, weight, dtype).items():
                 self._writer.put(name, value)
@@ -49,7 +49,7 @@ class Output:
     def copy_rest(self) -> None:
         """Copy every tensor that no matrix replaces, byte for byte."""
         for name in self._planned.layout.copied:
-            info = self._source.checkpoint.checkpoint.tensors[name]
+            info = self._source.checkpoint.tensors[name]
             self._writer.copy(name, Path(info.path), info.offset)
 
     def close(self) -> None:
@@ -65,5 +65,5 @@ class Output:
         for parameter in assembly - values.keys():
             values[parameter] = self._source.checkpoint.parameter(parameter)
         for name, value in self._source.checkpoint.restore(values).items():
-            dtype: torch.dtype = self._source.checkpoint.checkpoint.tensors[name].dtype
+            dtype: torch.dtype = self._source.checkpoint.tensors[name].dtype
             self._writer.put(name, value.to(dtype).contiguous())

@@ -137,7 +137,7 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
             known[key] = recipe.stages(changes)
         stages = known[key]
         _check_stages(matrix.name, stages)
-        dtype = source.checkpoint.checkpoint.tensors[matrix.sources[0]].dtype
+        dtype = source.checkpoint.tensors[matrix.sources[0]].dtype
         grid = stages.grid.resolve(matrix.shape, dtype)
         entries.append(
             Entry(
@@ -213,7 +213,7 @@ def _fingerprint(source: Source, request: Request, entries: list[Entry]) -> str:
         "version": version("mezzotint"),
         "torch": torch.__version__,
         "config": source.config.to_dict(),
-        "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.checkpoint.tensors.items()},
+        "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.tensors.items()},
         "entries": [[e.matrix, repr(e.target), repr(e.transform), repr(e.grid), repr(e.rounding)] for e in entries],
         "calibration": asdict(request.calibration),
         "seed": request.seed,

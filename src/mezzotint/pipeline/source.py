@@ -1,9 +1,13 @@
-"""Opening a model folder to read it, quantized by us or not."""
+"""Opening a model folder to read it, packed by us or not."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from mezzotint.formats.decoded import decoded
-from mezzotint.models import Checkpoint, Source, bind_source, load_config
+from mezzotint.formats.decoded import packed_weights
+from mezzotint.models import Checkpoint, Source, open_model
 
 
 def open_source(folder: Path, *, trust_remote_code: bool = False) -> Source:
@@ -12,10 +16,20 @@ def open_source(folder: Path, *, trust_remote_code: bool = False) -> Source:
     Raises:
         ModelError: the folder cannot be used.
     """
-    config = load_config(folder, trust_remote_code)
-    checkpoint = Checkpoint.open(folder)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        checkpoint = decoded(checkpoint, settings)
-    return bind_source(folder, config, checkpoint, trust_remote_code=trust_remote_code)
+    return open_model(folder, trust_remote_code=trust_remote_code, decode=decoded)
+
+
+def decoded(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with dense weights in the place of packed ones.
+
+    Raises:
+        FormatError: the packing is not one that can be read.
+    """
+    found = packed_weights(quantization, checkpoint.tensors, checkpoint.read)
+    hidden = {name for weight in found.values() for name in weight.parts}
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in hidden}
+    for name, weight in found.items():
+        packed = checkpoint.tensors[weight.parts[0]]
+        tensors[name] = packed._replace(dtype=weight.dtype, shape=weight.shape)
+    derived = {name: weight.dense for name, weight in found.items()}
+    return replace(checkpoint, tensors=MappingProxyType(tensors), derived=MappingProxyType(derived))

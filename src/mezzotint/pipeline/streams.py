@@ -1,6 +1,6 @@
 """The two streams of hidden states, full precision and quantized, batch by batch through the model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from mezzotint.calibration import Windows
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import ModelError, NonFiniteError
-from mezzotint.models import Source
-from mezzotint.models.skeleton import dematerialize, materialize
+from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
 from mezzotint.pipeline.residency import Budget, Store
 
@@ -107,7 +106,7 @@ class Streams:
         self._carried = [i for i, batch in enumerate(self.batches) if batch.held_out or original_fit]
         self._calls: list[list[Call]] = []
         self._inputs = Store(budget, folder)
-        self._seen: dict[tuple[int, int], dict[int | None, int]] = {}
+        self._seen: dict[tuple[int, int], dict[int | None, dict[str, int]]] = {}
         self._next_key = 0
         with surroundings(source, head=False, dtype=dtype, device=device) as bypass:
             for index, batch in enumerate(self.batches):
@@ -118,19 +117,19 @@ class Streams:
                 if index in self._carried:
                     self._original.put(index, hidden)
 
-    def run_original(self, block: int, module: nn.Module, wanted: Sequence[int]) -> None:
+    def run_original(self, block: int, module: nn.Module, wanted: Mapping[int, frozenset[str]]) -> None:
         """Advance the full-precision stream through the block, whose weights are still the original ones.
 
         Args:
             block: its index.
             module: the block.
-            wanted: groups whose inputs are kept for `original_inputs`.
+            wanted: groups whose inputs are kept for `original_inputs`, with the statistics they are for.
         """
         for index in self._carried:
             hidden = self._original.get(index)
             run = BlockRun(module, lambda hidden=hidden: hidden, self._calls[index][block])
-            for group in wanted:
-                self._keep_inputs(index, group, run.reach(group))
+            for group, needs in wanted.items():
+                self._keep_inputs(index, group, run.reach(group), stream="residual" in needs)
             output = run.finish()
             if not torch.isfinite(output).all():
                 raise NonFiniteError(
@@ -142,20 +141,20 @@ class Streams:
     def original_inputs(self, batch: int, group: int) -> dict[int | None, Inputs]:
         """What the full-precision stream put into a group; given once, then forgotten."""
         kept = self._seen.pop((batch, group))
-        found = {}
-        for expert, key in kept.items():
-            tokens = None if expert is None else self._inputs.pop(key + 1)
-            found[expert] = Inputs(values=self._inputs.pop(key), tokens=tokens)
-        return found
+        return {
+            expert: Inputs(**{name: self._inputs.pop(key) for name, key in keys.items()}) for expert, keys in kept.items()
+        }
 
-    def _keep_inputs(self, batch: int, group: int, inputs: GroupInputs) -> None:
-        keys = self._seen[batch, group] = {}
+    def _keep_inputs(self, batch: int, group: int, inputs: GroupInputs, *, stream: bool) -> None:
+        kept = self._seen[batch, group] = {}
         for expert, value in inputs.items():
-            key = keys[expert] = self._next_key
-            self._next_key += 2
-            self._inputs.put(key, value.values)
-            if value.tokens is not None:
-                self._inputs.put(key + 1, value.tokens)
+            parts = {"values": value.values, "tokens": value.tokens, "stream": value.stream if stream else None}
+            kept[expert] = {name: self._keep(part) for name, part in parts.items() if part is not None}
+
+    def _keep(self, value: Tensor) -> int:
+        self._next_key += 1
+        self._inputs.put(self._next_key, value)
+        return self._next_key
 
     def quantized_runs(self, block: int, module: nn.Module) -> list[BlockRun]:
         """One run for each batch on the quantized stream, not yet started."""

@@ -13,8 +13,7 @@ from mezzotint.core.files import Entry
 from mezzotint.core.metrics import h_error
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import MezzotintError, NonFiniteError
-from mezzotint.models import Source
-from mezzotint.models.skeleton import dematerialize, materialize
+from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, aligned, stops, token_weights
 from mezzotint.pipeline.streams import Streams
 
@@ -135,7 +134,7 @@ class Sweep:
         """Run the block on both streams and quantize its groups on the way; gives error and signal."""
         module = self._source.skeleton.get_submodule(block.path)
         materialize(module, block.path, self._source.checkpoint, dtype=streams.dtype, device=self._device)
-        with stops(self._source.skeleton, block, self._source.map.matrices):
+        with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual):
             streams.run_original(block.index, module, self._compared(block))
             runs = streams.quantized_runs(block.index, module)
             for position, group in enumerate(block.groups):
@@ -156,9 +155,11 @@ class Sweep:
     def _group_needs(self, names: Sequence[str]) -> frozenset[str]:
         return frozenset().union(*(self._entries[name].needs for name in names if name in self._entries))
 
-    def _compared(self, block: Block) -> list[int]:
-        """Groups of which both streams' inputs are needed."""
-        return [i for i, group in enumerate(block.groups) if "drift" in self._group_needs(group.matrices)]
+    def _compared(self, block: Block) -> dict[int, frozenset[str]]:
+        """Groups of which both streams' inputs are needed, and the statistics they are needed for."""
+        both = frozenset({"drift", "residual"})
+        needs = {i: self._group_needs(group.matrices) & both for i, group in enumerate(block.groups)}
+        return {i: found for i, found in needs.items() if found}
 
     def _statistics(
         self, group: InputGroup, position: int, runs: Sequence[BlockRun], streams: Streams
@@ -167,8 +168,10 @@ class Sweep:
         matrices = [self._source.map.matrices[name] for name in group.matrices]
         widths = {matrix.expert: matrix.shape[1] for matrix in matrices}
         needs = self._group_needs(group.matrices)
+        if not group.added_to_residual or group.experts:
+            needs -= {"residual"}
         sums = {
-            (expert, held): Accumulator(width, needs, device=self._device)
+            (expert, held): Accumulator(width, needs, rows=matrices[0].shape[0], device=self._device)
             for expert, width in widths.items()
             for held in (False, True)
         }
@@ -176,9 +179,14 @@ class Sweep:
             reached = run.reach(position)
             originals = streams.original_inputs(index, position) if "drift" in needs else {}
             for expert, inputs in reached.items():
+                original = originals.get(expert)
+                residual = None
+                if original is not None and original.stream is not None and inputs.stream is not None:
+                    residual = original.stream - inputs.stream
                 sums[expert, batch.held_out].add(
                     inputs.values,
-                    original=aligned(originals[expert], inputs) if expert in originals else None,
+                    original=None if original is None else aligned(original, inputs),
+                    residual=residual,
                     weights=token_weights(batch.mask, inputs),
                 )
         finished = {key: value.finish() for key, value in sums.items()}

@@ -35,6 +35,8 @@ class Qronos:
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= 100:
             raise ConfigError(f"rounding.damping is {self.damping}; it must be from 0 to 100 (typical 0.01).")
+        if self.block_size < 1:
+            raise ConfigError(f"rounding.block_size is {self.block_size}; it must be at least 1 (default 128).")
 
     def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
         """Codes for the weight; the aim must not be corrected already.

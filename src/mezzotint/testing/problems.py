@@ -163,7 +163,7 @@ def rows_of(statistics: Statistics, rows: slice) -> Statistics:
 
 
 def tensors_of(thing: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in dataclasses, mappings and sequences, with the path to it; private fields (caches) are left out."""
+    """Every tensor in dataclasses, mappings and sequences, with its path; private fields (caches) are left out."""
     if isinstance(thing, Tensor):
         yield path, thing
     elif is_dataclass(thing) and not isinstance(thing, type):
@@ -199,7 +199,9 @@ class Snapshot:
         """Raises AssertionError, with the path, for a tensor that is not what it was, bit for bit."""
         now = dict(tensors_of(things))
         for path, copy in self.copies:
-            torch.testing.assert_close(now[path], copy, rtol=0, atol=0, equal_nan=True, msg=lambda m, p=path: f"{p}: {m}")
+            torch.testing.assert_close(
+                now[path], copy, rtol=0, atol=0, equal_nan=True, msg=lambda m, p=path: f"{p}: {m}"
+            )
 
 
 def column_scale(grid: FittedGrid) -> Float[Tensor, "out in"]:

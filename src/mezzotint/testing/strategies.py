@@ -7,6 +7,7 @@ line to have its settings drawn too.
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from math import lcm
 from typing import Any
 
@@ -14,12 +15,24 @@ import torch
 from hypothesis import strategies as st
 
 from mezzotint.core.contracts import Grid
+from mezzotint.errors import ConfigError
 from mezzotint.registry import GRIDS, ROUNDINGS
 from mezzotint.testing.problems import OPTIONAL_SUMS, LinearProblem, ProblemSettings, make_problem
 
 DTYPES = (torch.float32, torch.float64)
 STATISTICS = frozenset({"gram"}) | OPTIONAL_SUMS
 _MOST_COLUMNS = 40
+
+# Values that every stage with a setting of that name must refuse.
+BAD_VALUES: Mapping[str, tuple] = {
+    "alpha": (-0.1, 1.5),
+    "beta": (-0.1, 1.5),
+    "bits": (1, 9),
+    "block_size": (0, -8),
+    "damping": (-1.0, float("nan")),
+    "group_size": (0, -1),
+    "strength": (-0.1, 1.5),
+}
 
 
 def _uniform_grids() -> st.SearchStrategy[Grid]:
@@ -38,7 +51,7 @@ def _gptq_settings() -> st.SearchStrategy[Any]:
         ROUNDINGS["gptq"],
         damping=st.sampled_from([0.001, 0.01, 0.1, 1.0]),
         order=st.sampled_from(["natural", "diagonal"]),
-        block_size=st.sampled_from([1, 4, 7, 128]),
+        block_size=st.sampled_from([3, 16, 128]),
     )
 
 
@@ -90,6 +103,32 @@ def linear_problems(grid: st.SearchStrategy[Grid] | None = None, dtypes: tuple =
             return make_problem(settings)
 
     return problem_settings(grid, dtypes).map(make)
+
+
+def bad_settings(stage: type) -> Iterator[dict[str, Any]]:
+    """Settings that a stage must refuse, one at a time.
+
+    Raises:
+        LookupError: a setting that is a number has no line in `BAD_VALUES`.
+    """
+    for f in fields(stage):
+        if f.name in BAD_VALUES:
+            yield from ({f.name: value} for value in BAD_VALUES[f.name])
+        elif type(f.default) in (int, float):
+            raise LookupError(f"{stage.__name__}.{f.name} is a number; add values it must refuse to BAD_VALUES")
+
+
+def assert_refused(stage: type, settings: Mapping[str, Any]) -> None:
+    """The stage refuses one bad setting with a ConfigError that says its name, its value and the limit."""
+    ((name, value),) = settings.items()
+    try:
+        stage(**settings)
+    except ConfigError as error:
+        _, found, rest = str(error).partition(f"{name} is {value}")
+        if not found or not any(character.isdigit() for character in rest):
+            raise AssertionError(f"the message must give the value and the limit: {error}") from error
+        return
+    raise AssertionError(f"{stage.__name__}({name}={value}) was accepted")
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""Packed weights of a folder as dense ones: what a reader needs to see a quantized folder like any other."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.core.structure import Matrix
+from mezzotint.errors import FormatError
+from mezzotint.formats.compressed_tensors import CompressedTensors
+from mezzotint.grids.uniform import UniformGrid
+
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """One weight of a packed folder.
+
+    Attributes:
+        parts: names of the tensors that store it; the first holds the codes.
+        dtype: of its scales: what dense values are rounded to by engines; ``dense`` gives them unrounded, in float32.
+        dense: reads the parts and decodes them.
+    """
+
+    parts: tuple[str, ...]
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    dense: Callable[[], Tensor]
+
+
+def packed_weights(
+    quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, PackedWeight]:
+    """Every packed weight of a ``pack-quantized`` folder, by the name its dense weight would have.
+
+    Args:
+        quantization: ``quantization_config`` of config.json.
+        tensors: by name; ``dtype`` and ``shape`` of each are read.
+        read: gives a tensor by name.
+
+    Raises:
+        FormatError: a packed weight that no config group describes.
+    """
+    form = CompressedTensors()
+    found: dict[str, PackedWeight] = {}
+    for name in tensors:
+        if not name.endswith(".weight_packed"):
+            continue
+        module = name.removesuffix(".weight_packed")
+        parts = tuple(f"{module}.{part}" for part in _PARTS if f"{module}.{part}" in tensors)
+        rows, columns = (int(n) for n in read(f"{module}.weight_shape"))
+        dtype = tensors[f"{module}.weight_scale"].dtype
+        grid = _grid(_scheme(quantization, module), dtype)
+        matrix = Matrix(
+            name=module, parameter=f"{module}.weight", sources=(f"{module}.weight",), shape=(rows, columns), fusion=""
+        )
+
+        def dense(matrix: Matrix = matrix, parts: tuple[str, ...] = parts, grid: UniformGrid = grid) -> Tensor:
+            return form.weight(matrix, {part: read(part) for part in parts}, grid).dense()
+
+        found[f"{module}.weight"] = PackedWeight(parts=parts, dtype=dtype, shape=(rows, columns), dense=dense)
+    return found
+
+
+def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The ``weights`` of the first group that names the module, as engines match it."""
+    for group in _groups(quantization):
+        for target in group["targets"]:
+            pattern = target.removeprefix("re:")
+            if target in (module, "Linear") or (target != pattern and re.match(pattern, module)):
+                return group["weights"]
+    raise FormatError(f"{module} is packed, but no group of quantization_config targets it; the folder is broken.")
+
+
+def _groups(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    groups = quantization.get("config_groups", {}).values()
+    exact = [g for g in groups if "Linear" not in g["targets"]]
+    yield from exact
+    yield from (g for g in groups if "Linear" in g["targets"])
+
+
+def _grid(weights: Mapping[str, Any], dtype: torch.dtype) -> UniformGrid:
+    return UniformGrid(
+        bits=weights["num_bits"],
+        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
+        symmetric=weights["symmetric"],
+        range="minmax",
+        scale_dtype=_DTYPES[dtype],  # type: ignore[arg-type]
+    )

@@ -1,0 +1,199 @@
+"""Sums over tokens against direct sums, and what is derived from them."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mezzotint.core.statistics import Accumulator, Statistics
+from mezzotint.grids.uniform import UniformGrid
+from mezzotint.testing import strategies
+from mezzotint.testing.problems import OPTIONAL_SUMS, ProblemSettings, Tokens, make_problem, make_tokens, tensors_of
+from reference import linalg as reference
+
+SUMS = ("gram", "drift", "residual", "mean_abs")
+exact = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+def bound(dtype, tokens):
+    """Relative to the sum of the magnitudes of the terms, a sum of n products is off by at most n + 2 roundings."""
+    return (tokens + 2) * torch.finfo(dtype).eps / 2
+
+
+def accumulate(tokens, weights=None, batches=1, needs=OPTIONAL_SUMS):
+    """The sums, batch by batch."""
+    rows, width, dtype = tokens.difference.shape[1], tokens.quantized.shape[1], tokens.quantized.dtype
+    sums = Accumulator(width, needs, rows=rows, dtype=dtype)
+    for part in torch.arange(tokens.quantized.shape[0]).tensor_split(batches):
+        sums.add(
+            tokens.quantized[part],
+            original=tokens.original[part],
+            residual=tokens.difference[part],
+            weights=None if weights is None else weights[part],
+        )
+    return sums.finish()
+
+
+def assert_sums(statistics, tokens, weights):
+    """Equal to the twin's sums up to the order of summation."""
+    arrays = [t.double().numpy() for t in (tokens.quantized, tokens.original, tokens.difference)]
+    count = len(weights)
+    wanted = reference.sums(*arrays, weights.double().numpy())
+    magnitudes = reference.sums(
+        *(np.abs(a) for a in arrays[:1]), -np.abs(arrays[1]), np.abs(arrays[2]), weights.numpy()
+    )
+    assert statistics.tokens == pytest.approx(wanted[0], rel=bound(torch.float64, count))
+    limit = bound(statistics.gram.dtype, count)
+    for name, value, size in zip(SUMS, wanted[1:], magnitudes[1:], strict=True):
+        difference = np.abs(getattr(statistics, name).double().numpy() - value)
+        np.testing.assert_array_less(difference, limit * np.abs(size) + 1e-300, err_msg=name)
+
+
+@given(strategies.problem_settings(), st.integers(1, 4))
+def test_batches_add_up_to_the_direct_sums(settings, batches):
+    tokens = make_tokens(settings)
+    assert_sums(accumulate(tokens, batches=batches), tokens, torch.ones(settings.tokens))
+
+
+@given(strategies.problem_settings(), st.data())
+def test_token_weights(settings, data):
+    tokens = make_tokens(settings)
+    drawn = st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=settings.tokens, max_size=settings.tokens)
+    weights = torch.tensor(data.draw(drawn))
+    assert_sums(accumulate(tokens, weights), tokens, weights)
+
+
+@given(strategies.problem_settings())
+def test_weight_one_is_no_weight_and_zero_leaves_out(settings):
+    tokens = make_tokens(settings)
+    weights = torch.ones(settings.tokens)
+    plain = accumulate(tokens)
+    for (path, a), (_, b) in zip(tensors_of(accumulate(tokens, weights)), tensors_of(plain), strict=True):
+        exact(a, b, msg=lambda m, p=path: f"{p}: {m}")
+    weights[0] = 0
+    kept = [t[1:] for t in (tokens.quantized, tokens.original, tokens.difference)]
+    assert_sums(
+        accumulate(tokens, weights),
+        Tokens(quantized=kept[0], original=kept[1], difference=kept[2]),
+        torch.ones(settings.tokens - 1),
+    )
+
+
+def test_a_token_left_out_may_hold_anything():
+    """Padding may be infinite or NaN after a fully masked attention row."""
+    tokens = make_tokens(ProblemSettings(grid=UniformGrid(), rows=2, columns=3, tokens=4, seed=0))
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    clean = accumulate(tokens, weights)
+    tokens.quantized[1], tokens.original[3], tokens.difference[1] = torch.nan, torch.inf, torch.nan
+    for name in SUMS:
+        exact(getattr(accumulate(tokens, weights), name), getattr(clean, name))
+
+
+def test_weights_in_bfloat16_are_counted_exactly():
+    sums = Accumulator(1, frozenset())
+    sums.add(torch.ones(1001, 1), weights=torch.ones(1001, dtype=torch.bfloat16))
+    assert sums.finish().tokens == 1001  # bfloat16 has 1000 and 1004
+
+
+@pytest.mark.parametrize("missing", ["drift", "residual"])
+def test_a_batch_without_what_is_needed_is_refused(missing):
+    sums = Accumulator(3, frozenset({missing}), rows=2)
+    with pytest.raises(ValueError, match=missing):
+        sums.add(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"gram"}), frozenset({"mean_abs"}), OPTIONAL_SUMS])
+def test_only_what_is_needed_is_kept(needs):
+    tokens = make_tokens(ProblemSettings(grid=UniformGrid(), rows=2, columns=3, tokens=4, seed=0))
+    statistics = accumulate(tokens, needs=needs)
+    assert {name for name in SUMS if getattr(statistics, name) is not None} == needs | {"gram"}
+
+
+@given(strategies.problem_settings(dtypes=(torch.float64,)))
+def test_merge_is_one_pass_and_associative(settings):
+    tokens = make_tokens(replace(settings, tokens=settings.tokens + 1))
+    parts = []
+    for part in torch.arange(settings.tokens + 1).tensor_split(3):
+        arrays = (tokens.quantized[part], tokens.original[part], tokens.difference[part])
+        parts.append(accumulate(Tokens(quantized=arrays[0], original=arrays[1], difference=arrays[2])))
+    a, b, c = parts
+    ones = torch.ones(settings.tokens + 1)
+    for merged in (a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)):
+        assert_sums(merged, tokens, ones)
+
+
+def test_merge_of_different_sums_is_refused():
+    tokens = make_tokens(ProblemSettings(grid=UniformGrid(), rows=2, columns=3, tokens=4, seed=0))
+    with pytest.raises(ValueError, match="'drift' is in one of them only"):
+        accumulate(tokens).merge(accumulate(tokens, needs=OPTIONAL_SUMS - {"drift"}))
+
+
+def test_isotropic():
+    statistics = Statistics.isotropic(5, torch.zeros(1, dtype=torch.float64))
+    exact(statistics.gram, torch.eye(5, dtype=torch.float64))
+    exact(statistics.importance, torch.ones(5, dtype=torch.float64))
+    assert statistics.tokens == 1
+    assert statistics.drift is statistics.residual is statistics.mean_abs is None
+
+
+@given(strategies.linear_problems(dtypes=(torch.float64,)), st.sampled_from([0.25, 1.0, 3.0]))
+def test_importance_is_the_mean_square(problem, weight):
+    tokens = make_tokens(problem.settings)
+    weights = torch.full((problem.settings.tokens,), weight / problem.settings.tokens)  # sums to less than one, too
+    found = accumulate(tokens, weights).importance
+    torch.testing.assert_close(found, tokens.quantized.square().mean(0), rtol=1e-6, atol=0)  # weights are float32
+
+
+def test_importance_of_no_tokens_is_zero():
+    assert not Accumulator(3, frozenset()).finish().importance.any()
+
+
+@given(strategies.linear_problems(), st.integers(-8, 8))
+def test_scaled_multiplies_every_sum(problem, k):
+    scaled = problem.statistics.scaled(4.0**k)
+    assert scaled.tokens == problem.statistics.tokens
+    for name in SUMS:
+        exact(getattr(scaled, name), getattr(problem.statistics, name) * 4.0**k)
+
+
+@given(strategies.linear_problems(dtypes=(torch.float64,)), st.sampled_from([1, 2, 4]))
+def test_order_is_that_of_the_twin(problem, tile):
+    gram = problem.statistics.gram
+    width = len(gram) // tile * tile
+    statistics = replace(problem.statistics, gram=gram[:width, :width], mean_abs=None, drift=None, residual=None)
+    assert statistics.order("natural", tile) is None
+    if width:
+        assert statistics.order("diagonal", tile).tolist() == reference.visiting_order(
+            statistics.gram.numpy(), "diagonal", tile
+        )
+
+
+def test_factor_is_cached_and_never_carried_to_other_sums():
+    problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=2, columns=6, tokens=30, seed=0))
+    statistics = problem.statistics
+    first = statistics.factor(0.01, "diagonal")
+    assert statistics.factor(0.01, "diagonal") is first
+    others = [
+        statistics.factor(0.02, "diagonal"),
+        statistics.factor(0.01, "natural"),
+        statistics.factor(0.01, "diagonal", 2),
+    ]
+    assert all(other is not first for other in others)
+    doubled = replace(statistics, gram=statistics.gram * 4)
+    for changed in (doubled, statistics.scaled(4.0), statistics.merge(statistics).scaled(2.0)):
+        exact(changed.factor(0.01, "diagonal").upper, first.upper / 2)
+
+
+@given(strategies.linear_problems(dtypes=(torch.float64,)), st.sampled_from([0.01, 1.0]))
+def test_solve_is_the_damped_ridge_and_cached(problem, damping):
+    statistics, right = problem.statistics, problem.weight
+    wanted = right.numpy() @ np.linalg.inv(reference.damped(statistics.gram.numpy(), damping))
+    # condition number up to 40 / damping, over 40 columns: 4000 * 40 * 2.2e-16 = 4e-11, relative to the largest
+    np.testing.assert_allclose(
+        statistics.solve(right, damping).numpy(), wanted, rtol=1e-9, atol=1e-10 * np.abs(wanted).max()
+    )
+    exact(statistics.solve(right, damping), statistics.solve(right, damping))
