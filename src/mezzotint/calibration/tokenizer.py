@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, the tokens that open and separate texts, and whether its ids fit the model."""
 
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -29,9 +30,17 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTr
     except Exception as error:  # damaged files make the tokenizers library raise `Exception` itself
         names = sorted(file.name for file in path.iterdir() if "token" in file.name or "vocab" in file.name)
         raise ModelError(
-            f"{path} has no usable tokenizer: {_first_line(error)} Tokenizer files there: {', '.join(names) or 'none'}. "
+            f"{path} has no usable tokenizer: {_first_line(error)} Tokenizer files: {', '.join(names) or 'none'}. "
             "Copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) into the folder."
         ) from error
+
+
+def special_id(
+    tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token_id", "eos_token_id", "pad_token_id"]
+) -> int | None:
+    """The id of a special token, if the tokenizer has it."""
+    value = getattr(tokenizer, name)
+    return value if isinstance(value, int) else None
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -39,7 +48,7 @@ def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Found out by encoding: flags such as ``add_bos_token`` are missing from many tokenizers.
     """
-    bos = tokenizer.bos_token_id
+    bos = special_id(tokenizer, "bos_token_id")
     ids = tokenizer("a", verbose=False)["input_ids"]
     return bos if bos is not None and ids[:1] == [bos] else None
 
@@ -54,7 +63,7 @@ def separator_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if begin is not None:
         return begin
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added.get(DOCUMENT_SEPARATOR, tokenizer.eos_token_id)
+    return added.get(DOCUMENT_SEPARATOR, special_id(tokenizer, "eos_token_id"))
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

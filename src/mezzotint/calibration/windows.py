@@ -6,7 +6,7 @@ a text for every model; before a document that has a window of its own it is put
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from mezzotint.calibration.tokenizer import begin_token, separator_token, vocabulary_size
+from mezzotint.calibration.tokenizer import begin_token, separator_token, special_id, vocabulary_size
 from mezzotint.errors import CalibrationError
 
 CHARACTERS_PER_TOKEN = 4  # of English under a large vocabulary; sets how long a piece is, not how many tokens come out
@@ -110,7 +110,7 @@ def auto_samples(widest_input: int, seqlen: int) -> int:
 
 
 def packed_windows(
-    documents: Sequence[str],
+    documents: list[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
@@ -166,7 +166,7 @@ def packed_windows(
 
 
 def document_windows(
-    documents: Sequence[str],
+    documents: list[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
@@ -199,7 +199,8 @@ def document_windows(
             f"{source} has {len(rows)} documents with text, and {samples} windows of one document each are wanted. "
             f"Give more documents, set --samples {len(rows)} or lower, or pack documents end to end."
         )
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    known = (special_id(tokenizer, "pad_token_id"), special_id(tokenizer, "eos_token_id"), 0)
+    padding = next(index for index in known if index is not None)
     tokens = torch.full((samples, seqlen), padding)
     mask = torch.zeros(samples, seqlen, dtype=torch.bool)
     for row, ids in enumerate(rows):
@@ -259,7 +260,7 @@ def _separate(stream: list[int], following: list[int], separator: int | None) ->
         stream.append(separator)
 
 
-def _pieces(documents: Sequence[str], limit: int) -> Iterator[tuple[int, int, int]]:
+def _pieces(documents: list[str], limit: int) -> Iterator[tuple[int, int, int]]:
     """``(document, start, end)`` in characters: whole documents, or parts of at most ``limit``.
 
     A cut lies after a line end or else before a space, in the second half of the piece where there is one: there,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -217,7 +218,7 @@ def evaluate(
             )  # fmt: skip
         if not as_json:
             tables.show_evaluation(result, Console())
-        return result.as_json()
+        return asdict(result)
 
     _finish(work, as_json)
 

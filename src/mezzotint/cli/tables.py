@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -153,7 +154,7 @@ def show_evaluation(result: Any, console: Console) -> None:
     table = Table(title=f"{result.windows} windows of {result.seqlen} tokens")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    for name, value in result.as_json().items():
+    for name, value in asdict(result).items():
         if isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
         elif isinstance(value, dict):

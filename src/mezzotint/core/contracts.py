@@ -4,7 +4,7 @@ Order of work: rewrite -> statistics -> target -> basis -> grid -> rounding -> f
 matrix seen as ``[out, in]``. A new grid, transform, target, rounding or format meets one protocol and nothing else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -74,6 +74,7 @@ class Aim:
 class Target(Protocol):
     """Chooses the matrix to approximate."""
 
+    kind: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
     def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
@@ -186,8 +187,11 @@ class Grid(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...  # noqa: D102
 
-    def resolve(self, shape: tuple[int, int], dtype: torch.dtype) -> "Grid":
-        """The grid with every ``auto`` setting decided for a matrix of that shape in a checkpoint of that dtype."""
+    def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "Grid":
+        """The grid with every ``auto`` setting decided for a matrix of that shape in a checkpoint of that dtype.
+
+        ``widths`` are those of all matrices that had better share what is decided.
+        """
         ...
 
     def stored_bits(self, shape: tuple[int, int]) -> Bits:
@@ -278,6 +282,7 @@ class Rounding(Protocol):
         scalar_only: serves grids of tile (1, 1) only.
     """
 
+    kind: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     accepts_corrected: ClassVar[bool]
     scalar_only: ClassVar[bool]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ class ShardWriter:
             os.close(file)
         self._files.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(

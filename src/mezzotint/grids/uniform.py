@@ -1,6 +1,6 @@
 """Uniform integer grid: ``value = scale * (code - zero_point)`` with one scale per group of columns of a row."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -23,7 +23,7 @@ class UniformGrid:
     Attributes:
         bits: of one code, 2 to 8.
         group_size: input columns per scale; None is one group a row; ``auto`` the largest of 128, 64, 32 that
-            divides the width, else None. The last group may be shorter.
+            divides every quantized matrix's width, else this one's, else None. The last group may be shorter.
         symmetric: zero point fixed at ``2^(bits-1)``; otherwise each group has its own integer zero point.
         range: how a group's scale and zero point are chosen: ``minmax``; ``error``, the smallest squared error over
             shrunken ranges; ``weighted``, the same weighted by the mean square of each input (diag H).
@@ -54,11 +54,16 @@ class UniformGrid:
         """``gram`` for the weighted range."""
         return frozenset({"gram"}) if self.range == "weighted" else frozenset()
 
-    def resolve(self, shape: tuple[int, int], dtype: torch.dtype) -> "UniformGrid":
-        """The grid with every ``auto`` decided for a matrix of that shape in a checkpoint of that dtype."""
+    def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "UniformGrid":
+        """The grid with every ``auto`` decided for a matrix of that shape in a checkpoint of that dtype.
+
+        ``widths`` are those of all matrices that should share a group size: engines load one scheme more readily.
+        """
         group_size = self.group_size
         if group_size == "auto":
-            group_size = next((g for g in _AUTO_GROUPS if shape[1] % g == 0), None)
+            fitting = [g for g in _AUTO_GROUPS if shape[1] % g == 0]
+            shared = [g for g in fitting if all(width % g == 0 for width in widths)]
+            group_size = next(iter(shared or fitting), None)
         scale_dtype = self.scale_dtype
         if scale_dtype == "auto":
             scale_dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32")

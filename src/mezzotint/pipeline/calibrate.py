@@ -13,7 +13,7 @@ from mezzotint.calibration import (
     packed_windows,
     read_documents,
     sample_windows,
-    start_token,
+    separator_token,
 )
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
@@ -39,7 +39,11 @@ def calibration_windows(
         return _sampled(source, plan, request, progress)
     documents = read_documents(plan.source, tokenizer=tokenizer, field=asked.field, lines=asked.lines)
     build = packed_windows if asked.packing else document_windows
-    return build(documents, tokenizer, samples=plan.samples, seqlen=plan.seqlen, seed=request.seed)
+    windows = build(
+        documents, tokenizer, samples=plan.samples, seqlen=plan.seqlen, seed=request.seed, source=plan.source
+    )
+    windows.check_vocabulary(source.config)
+    return windows
 
 
 def _sampled(
@@ -63,6 +67,6 @@ def _sampled(
             seqlen=plan.seqlen,
             seed=request.seed,
             batch_size=_SELF_BATCH,
-            start_token=start_token(tokenizer),
+            start_token=separator_token(tokenizer),
             progress=progress,
         )

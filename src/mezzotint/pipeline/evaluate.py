@@ -57,7 +57,7 @@ def evaluate(
     if seqlen is not None and seqlen > longest:
         raise CalibrationError(f"--seqlen is {seqlen}, but the model takes at most {longest} positions.")
     chosen = consecutive_windows(
-        read_text(text), tokenizer, seqlen=seqlen or min(DEFAULT_SEQLEN, longest), windows=windows
+        read_text(text), tokenizer, seqlen=seqlen or min(DEFAULT_SEQLEN, longest), windows=windows, source=text
     )
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
         return _compare(sources, chosen, Path(scratch), stack, device=device, memory=memory, progress=progress)

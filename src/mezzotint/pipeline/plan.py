@@ -124,6 +124,7 @@ def matrices_in_order(source: Source) -> Iterator[tuple[Block | None, Matrix]]:
 def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str]]:
     entries: list[Entry] = []
     kept: dict[str, str] = dict(source.map.unmapped)
+    chosen: list[tuple[Block | None, Matrix, Stages, str]] = []
     known: dict[str, Stages] = {}
     for block, matrix in matrices_in_order(source):
         rule = recipe.rule_for(matrix.name)
@@ -135,10 +136,12 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
             known[key] = recipe.stages(changes)
-        stages = known[key]
-        _check_stages(matrix.name, stages)
-        dtype = source.checkpoint.tensors[matrix.sources[0]].dtype
-        grid = stages.grid.resolve(matrix.shape, dtype)
+            _check_stages(matrix.name, known[key])
+        because = f"rule {rule.match!r}" if rule and rule.set else f"recipe {recipe.name!r}"
+        chosen.append((block, matrix, known[key], because))
+    widths = {matrix.shape[1] for _, matrix, _, _ in chosen}
+    for block, matrix, stages, because in chosen:
+        grid = stages.grid.resolve(matrix.shape, source.checkpoint.tensors[matrix.sources[0]].dtype, widths)
         entries.append(
             Entry(
                 matrix=matrix.name,
@@ -148,7 +151,7 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 grid=grid,
                 rounding=stages.rounding,
                 bits=grid.stored_bits(matrix.shape),
-                because=f"rule {rule.match!r}" if rule and rule.set else f"recipe {recipe.name!r}",
+                because=because,
             )
         )
     return entries, kept
@@ -165,6 +168,12 @@ def _kept(block: Block | None, matrix: Matrix, keep: bool | None) -> str | None:
 
 
 def _check_stages(matrix: str, stages: Stages) -> None:
+    """Refuse stages that are wrong together by mathematics."""
+    if not stages.rounding.accepts_corrected and "drift" in stages.target.needs:
+        raise ConfigError(
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target {stages.target.kind!r} "
+            "that counts twice. Use target.kind=weight, or rounding.kind=gptq."
+        )
     if stages.rounding.scalar_only and stages.grid.tile != (1, 1):
         raise ConfigError(
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "

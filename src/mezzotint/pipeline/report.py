@@ -1,5 +1,6 @@
 """``mezzotint.json``: everything that was decided, done and measured."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -54,8 +55,7 @@ def plan_json(planned: Planned) -> dict[str, Any]:
 
 def stage(value: Any) -> dict[str, Any]:
     """A stage's kind and settings."""
-    names = type(value).__dataclass_fields__
-    return {"kind": value.kind, **{name: getattr(value, name) for name in names}}
+    return {"kind": value.kind, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}}
 
 
 def full_report(

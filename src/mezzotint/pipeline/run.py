@@ -1,6 +1,7 @@
 """One quantization from request to finished folder."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.core.contracts import QuantizedWeight
-from mezzotint.formats.folder import OutputFolder, copy_companions, write_json
+from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source, open_model
 from mezzotint.pipeline.calibrate import calibration_windows
 from mezzotint.pipeline.output import Output
@@ -54,27 +55,39 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
     started, cpu_started = time.perf_counter(), cpu_seconds()
     source = open_model(request.model, trust_remote_code=request.trust_remote_code)
     planned = make_plan(source, request)
-    times: dict[str, float] = {"plan": time.perf_counter() - started}
-    with OutputFolder(out, needed_bytes=planned.plan.bytes) as folder:
-        output = Output(source, planned, folder.partial)
-        streams = _streams(source, planned, folder.partial, tell)
-        times["calibration"] = time.perf_counter() - started - times["plan"]
-        records = _sweep(source, planned, streams, output, tell)
-        output.copy_rest()
-        output.close()
-        write_json(folder.partial / "config.json", _config(source, planned))
-        copy_companions(source.folder, folder.partial)
-        times["sweep"] = time.perf_counter() - started - sum(times.values())
-        report = full_report(
-            planned,
-            records,
-            seconds=time.perf_counter() - started,
-            cpu_seconds=cpu_seconds() - cpu_started,
-            times=times,
-        )
-        write_json(folder.partial / REPORT_NAME, report)
+    check_space(out, planned.plan.bytes)
+    folder = OutputFolder(out)
+    try:
+        report = _work(source, planned, folder, tell, started=started, cpu_started=cpu_started)
         folder.finish()
+    except BaseException:
+        # nothing that is left could be continued, and it must not look like a model
+        shutil.rmtree(folder.partial, ignore_errors=True)
+        raise
     return {"out": str(out), **report}
+
+
+def _work(
+    source: Source, planned: Planned, folder: OutputFolder, tell: Listener, *, started: float, cpu_started: float
+) -> dict[str, Any]:
+    """Fill the unfinished folder; gives the report."""
+    marks = [started, time.perf_counter()]
+    output = Output(source, planned, folder.partial)
+    streams = _streams(source, planned, folder.partial, tell)
+    marks.append(time.perf_counter())
+    records = _sweep(source, planned, streams, output, tell)
+    output.copy_rest()
+    output.close()
+    write_json(folder.partial / "config.json", _config(source, planned))
+    copy_companions(source.folder, folder.partial, trusted=planned.request.trust_remote_code)
+    marks.append(time.perf_counter())
+    stages = ("plan", "calibration", "sweep")
+    times = {stage: end - start for stage, start, end in zip(stages, marks, marks[1:], strict=False)}
+    report = full_report(
+        planned, records, seconds=marks[-1] - started, cpu_seconds=cpu_seconds() - cpu_started, times=times
+    )
+    write_json(folder.partial / REPORT_NAME, report)
+    return report
 
 
 def _streams(source: Source, planned: Planned, folder: Path, tell: Listener) -> Streams | None:

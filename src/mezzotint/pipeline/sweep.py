@@ -185,7 +185,8 @@ class Sweep:
                     residual = original.stream - inputs.stream
                 sums[expert, batch.held_out].add(
                     inputs.values,
-                    original=None if original is None else aligned(original, inputs),
+                    # without a row of the full-precision stream, tokens count as without drift
+                    original=inputs.values if original is None else aligned(original, inputs),
                     residual=residual,
                     weights=token_weights(batch.mask, inputs),
                 )
