@@ -27,7 +27,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return {"processor": model, "cores": os.cpu_count()}
 
@@ -40,7 +42,7 @@ def versions() -> dict[str, str]:
 def call(arguments: list[str]) -> dict[str, Any]:
     """Run the command line and read the JSON on its last line."""
     command = [sys.executable, "-m", "mezzotint", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -100,12 +102,23 @@ def main() -> None:
     path = HERE / "results" / (f"{options.suite}.json" if name == suite["protocol"] else f"{options.suite}-{name}.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for row in suite["rows"]:
-        settings = {"row": row, "common": suite.get("common", []), "protocol": config["protocols"][name], "protocol_name": name}
+        settings = {
+            "row": row,
+            "common": suite.get("common", []),
+            "protocol": config["protocols"][name],
+            "protocol_name": name,
+        }
         if any(result["settings"] == settings and result["model"] == options.model.name for result in results):
             continue
         measured = run_row(options.model, filled(row, names), suite, filled(config["protocols"][name], names))
         results.append(
-            {"model": options.model.name, "settings": settings, **measured, "versions": versions(), "machine": machine()}
+            {
+                "model": options.model.name,
+                "settings": settings,
+                **measured,
+                "versions": versions(),
+                "machine": machine(),
+            }
         )
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         shown = measured.get("evaluate", measured["quantize"])

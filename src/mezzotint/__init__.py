@@ -73,9 +73,7 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
     return run.plan(_request(model, recipe, **overrides))
 
 
-def evaluate(
-    model: str | Path, text: str | Path, *, against: str | Path | None = None, **options: Any
-) -> "Evaluation":
+def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None = None, **options: Any) -> "Evaluation":
     """Perplexity of a folder on a text, and its divergence from the original.
 
     Args:

@@ -122,7 +122,8 @@ def packed_windows(
 
     Documents are seen as pieces of about four windows, cut at a line end or else before a space. Pieces are drawn by
     seed from everything there is, until they hold four times the tokens wanted (or all are drawn): a large file is
-    neither tokenized whole nor read from its head only. They go back into their order, are packed with a separator
+    neither tokenized whole nor read from its head only (about one piece a window wanted in English, one per four
+    windows where a character is a token). They go back into their order, are packed with a separator
     (`separator_token`) before each document and each piece that does not continue the one before, and are cut into
     windows without overlap; the last partial window is dropped. ``samples`` windows are drawn by seed; any first part
     of the result is itself a fair sample. The result depends on the arguments only.

@@ -37,20 +37,29 @@ class Exit(IntEnum):
 Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and tokenizer.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]
 BitsOption = Annotated[float | None, typer.Option("--bits", help="Bits of one code; the recipe's own if left out.")]
-Engine = Annotated[str | None, typer.Option("--for", help="transformers, vllm, or dense (dequantized, loads anywhere).")]
+Engine = Annotated[
+    str | None, typer.Option("--for", help="transformers, vllm, or dense (dequantized, loads anywhere).")
+]
 CalibrationOption = Annotated[
-    str, typer.Option("--calibration", help="'self' samples from the model; a .txt, .jsonl or .parquet file; wikitext2, c4.")
+    str,
+    typer.Option(
+        "--calibration", help="'self' samples from the model; a .txt, .jsonl or .parquet file; wikitext2, c4."
+    ),
 ]
 Samples = Annotated[str, typer.Option("--samples", help="Calibration windows; 'auto' lets the plan choose.")]
 Seqlen = Annotated[str, typer.Option("--seqlen", help="Tokens per calibration window; 'auto' lets the plan choose.")]
 Field = Annotated[str | None, typer.Option("--field", help="Field of a .jsonl or .parquet row that holds the text.")]
 Lines = Annotated[bool, typer.Option("--lines", help="A .txt file has one document a line.")]
 Packing = Annotated[bool, typer.Option("--packing/--no-packing", help="Documents end to end, or one a window, padded.")]
-Keep = Annotated[list[str] | None, typer.Option("--keep", help="Leave matrices whose name matches this glob as they are.")]
+Keep = Annotated[
+    list[str] | None, typer.Option("--keep", help="Leave matrices whose name matches this glob as they are.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting by dotted name: --set grid.group_size=64.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Memory = Annotated[str | None, typer.Option("--memory", help="Bound for the process, e.g. 8GiB; activations spill past it.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Bound for the process, e.g. 8GiB; activations spill past it.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
 
@@ -92,7 +101,9 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator:
-            raise ConfigError(f"--set {pair!r} has no '='; write --set name=value, for example --set grid.group_size=64.")
+            raise ConfigError(
+                f"--set {pair!r} has no '='; write --set name=value, for example --set grid.group_size=64."
+            )
         settings[name.strip()] = yaml.safe_load(value)
     return settings
 
@@ -109,7 +120,9 @@ def _count(name: str, value: str) -> int | None:
 def quantize(
     *,
     model: Model,
-    out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.", show_default=False)
+    ],
     recipe: RecipeName = "default",
     bits: BitsOption = None,
     engine: Engine = None,
@@ -198,7 +211,9 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option("--text", help="A file, or wikitext2, ptb, c4 by name.", show_default=False)],
     against: Annotated[Path | None, typer.Option("--against", help="The original, for the divergence.")] = None,
-    seqlen: Annotated[int | None, typer.Option("--seqlen", help="Tokens per window (2048 if the model takes it).")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", help="Tokens per window (2048 if the model takes it).")
+    ] = None,
     windows: Annotated[int | None, typer.Option("--windows", help="Use the first so many windows.")] = None,
     device: Device = "auto",
     memory: Memory = None,
@@ -226,7 +241,8 @@ def evaluate(
 @app.command()
 def inspect(
     *,
-    folder: Annotated[Path, typer.Argument(help="A folder that mezzotint made.", show_default=False)], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(help="A folder that mezzotint made.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
     """Show what was done to a quantized folder: bits, sizes, errors per matrix."""
 

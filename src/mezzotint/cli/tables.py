@@ -85,8 +85,8 @@ def show_plan(planned: Any, console: Console) -> None:
     for name, reason in _alike_kept(plan.kept):
         console.print(f"kept: {escape(name)}: {escape(reason)}")
     console.print(
-        f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without scales "
-        f"and zero points), {size(plan.bytes)} in all, format {plan.format}"
+        f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without "
+        f"scales and zero points), {size(plan.bytes)} in all, format {plan.format}"
     )
     if planned.calibration is None:
         console.print("calibration: none needed")

@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quadratic:
-    """``q(V) = tr(V gram V') - 2 tr(V cross') + const`` with ``cross = W (gram + drift) + residual`` (MATH.md section 0)."""
+    """``q(V) = tr(V gram V') - 2 tr(V cross') + const`` with ``cross = W (gram + drift) + residual``."""
 
     gram: Float[Tensor, "in in"]
     cross: Float[Tensor, "out in"]
@@ -157,7 +157,7 @@ class Bits(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """``value = scale * code + offset`` per ``[out, group]``; groups of ``group_size`` columns in the original order."""
+    """``value = scale * code + offset`` per ``[out, group]``; ``group_size`` columns a group, in the original order."""
 
     scale: Float[Tensor, "out groups"]
     offset: Float[Tensor, "out groups"]

@@ -115,7 +115,7 @@ class ModelMap:
         head: canonical name of the output head's matrix (``tied_to`` says if it shares the embedding), or None.
         final_norm: the normalisation before the head.
         parallel_residual: attention and MLP read the same stream and are added to it together.
-        unmapped: parameters of blocks with two or more axes that no linear of the map holds, with the reason they are kept.
+        unmapped: parameters of blocks with two or more axes that no matrix of the map holds, with why they are kept.
     """
 
     blocks: tuple[Block, ...]

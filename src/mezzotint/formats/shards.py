@@ -13,12 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
-
 import torch
 from torch import Tensor
 
-from mezzotint.core.files import TensorSpec
 from mezzotint.core.dtypes import SAFETENSORS_NAMES
+from mezzotint.core.files import TensorSpec
 from mezzotint.errors import ModelError, OutputError
 from mezzotint.formats.folder import no_space, sync_folder, write_json
 
@@ -129,7 +128,7 @@ class ShardWriter:
         assert tuple(value.shape) == tuple(spec.shape), f"{name} is {tuple(value.shape)}; the header says {spec.shape}"
         with self._writing(name) as (target, start):
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write_all(target, memoryview(flat), start)
+            _write_all(target, flat.data, start)
 
     def copy(self, name: str, path: Path, offset: int) -> None:
         """Copy the bytes of one tensor of the list from a file, unchanged and in bounded memory.

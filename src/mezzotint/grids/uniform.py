@@ -27,12 +27,12 @@ class UniformGrid:
         symmetric: zero point fixed at ``2^(bits-1)``; otherwise each group has its own integer zero point.
         range: how a group's scale and zero point are chosen: ``minmax``; ``error``, the smallest squared error over
             shrunken ranges; ``weighted``, the same weighted by the mean square of each input (diag H).
-        scale_dtype: dtype the scales are stored in, and rounded to before codes are chosen; ``auto`` is the checkpoint's.
+        scale_dtype: of the stored scales, rounded to it before codes are chosen; ``auto`` is the checkpoint's.
     """
 
     kind: ClassVar[str] = "uniform"
     bits: int = 4
-    group_size: int | None | Literal["auto"] = "auto"
+    group_size: int | Literal["auto"] | None = "auto"
     symmetric: bool = False
     range: Literal["minmax", "error", "weighted"] = "weighted"
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
@@ -45,9 +45,20 @@ class UniformGrid:
                 f"grid.group_size is {self.group_size}; it must be at least 1. Use null for one group a row, or auto."
             )
 
-    tile: ClassVar[tuple[int, int]] = (1, 1)
-    multiple: ClassVar[tuple[int, int]] = (1, 1)
-    pads: ClassVar[bool] = False
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Scalar."""
+        return (1, 1)
+
+    @property
+    def multiple(self) -> tuple[int, int]:
+        """Any shape."""
+        return (1, 1)
+
+    @property
+    def pads(self) -> bool:
+        """Nothing is padded."""
+        return False
 
     @property
     def needs(self) -> frozenset[str]:

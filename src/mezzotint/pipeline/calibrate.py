@@ -46,20 +46,18 @@ def calibration_windows(
     return windows
 
 
-def _sampled(
-    source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]
-) -> Windows:
+def _sampled(source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]) -> Windows:
     weights = sum(tensor.nbytes for tensor in source.checkpoint.tensors.values())
     if request.memory is not None and weights * 1.25 > request.memory:
         raise ConfigError(
-            f"sampling calibration text from the model takes about {weights * 1.25 / 2**30:.1f} GiB, more than --memory "
-            f"({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
+            f"sampling calibration text from the model takes about {weights * 1.25 / 2**30:.1f} GiB, more than "
+            f"--memory ({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=request.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype="auto", trust_remote_code=request.trust_remote_code
+        str(source.folder), dtype="auto", trust_remote_code=request.trust_remote_code
     )
-    model.eval().to(request.device)
+    torch.nn.Module.to(model.eval(), request.device)
     with torch.no_grad():
         return sample_windows(
             model,

@@ -42,7 +42,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
-class _LastBlockReached(Exception):
+class _LastBlockReachedError(Exception):
     """Leaves the model's forward: nothing after the blocks is wanted."""
 
 
@@ -72,14 +72,16 @@ class Bypass:
             embedded.append(hidden)
             calls.append(Call(*tree_map(self._shared, (call.args, dict(call.kwargs)))))
             if len(calls) == len(self._blocks):
-                raise _LastBlockReached
+                raise _LastBlockReachedError
             return hidden
 
         try:
             self._forward(see, tokens, mask)
-        except _LastBlockReached:
+        except _LastBlockReachedError:
             return embedded[0], calls
-        raise ModelError("the model's forward never ran its last block; this architecture cannot be run block by block.")
+        raise ModelError(
+            "the model's forward never ran its last block; this architecture cannot be run block by block."
+        )
 
     def logits(
         self, tokens: Int[Tensor, "windows seqlen"], hidden: Tensor, positions: Int[Tensor, " kept"]
@@ -88,9 +90,7 @@ class Bypass:
         output = self._forward(lambda _, __: hidden, tokens, None, logits_to_keep=positions)
         return output.logits if output.logits.shape[1] == len(positions) else output.logits[:, positions]
 
-    def _forward(
-        self, see: Callable[[Tensor, Call], Tensor], tokens: Tensor, mask: Tensor | None, **extra: Any
-    ) -> Any:
+    def _forward(self, see: Callable[[Tensor, Call], Tensor], tokens: Tensor, mask: Tensor | None, **extra: Any) -> Any:
         def stand_in(block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, call = _split(args, kwargs)
@@ -112,7 +112,9 @@ class Bypass:
         """Whether the block returns a tuple: found once per class by running it on the meta device."""
         known = self._returns_tuple.get(type(block))
         if known is None:
-            moved = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (hidden, call.args, dict(call.kwargs)))
+            moved = tree_map(
+                lambda x: x.to("meta") if isinstance(x, Tensor) else x, (hidden, call.args, dict(call.kwargs))
+            )
             known = isinstance(forward(moved[0], *moved[1], **moved[2]), tuple)
             self._returns_tuple[type(block)] = known
         return known
@@ -272,7 +274,7 @@ def _linear_stop(index: int, added_to_residual: bool) -> Callable[[nn.Module, tu
 def _expert_stop(indices: Mapping[str, int]) -> Callable[[str, Mapping[int, Tensor], Mapping[int, Tensor]], None]:
     def callback(attribute: str, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> None:
         if attribute in indices:
-            by_expert = {e: Inputs(values=x, tokens=tokens[e]) for e, x in inputs.items()}
+            by_expert: dict[int | None, Inputs] = {e: Inputs(values=x, tokens=tokens[e]) for e, x in inputs.items()}
             _stop(indices[attribute], by_expert)
 
     return callback

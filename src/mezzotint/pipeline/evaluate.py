@@ -30,7 +30,7 @@ def evaluate(
     device: str = "cpu",
     memory: int | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Evaluation:
     """Perplexity of a folder on a text, and its divergence from the original.
 
@@ -43,7 +43,9 @@ def evaluate(
         against: the reference, usually the original.
         seqlen: tokens per window; None is 2048 or what the model takes, if that is less.
         windows: use the first so many; None is all.
+        device: ``cpu`` or ``cuda``.
         memory: bytes of activations that may be held in memory; more is spilled.
+        trust_remote_code: run Python code from the folders.
         progress: told of blocks and windows done.
 
     Raises:
@@ -112,9 +114,7 @@ def _logits(
     return logits[0], tokens[0, kept + 1], logits[1] if len(logits) > 1 else None
 
 
-def run_blocks(
-    source: Source, batches: list[Batch], store: Store, *, device: str, step: Callable[[], None]
-) -> Store:
+def run_blocks(source: Source, batches: list[Batch], store: Store, *, device: str, step: Callable[[], None]) -> Store:
     """The last block's output for every batch."""
     calls = []
     with surroundings(source, head=False, dtype=torch.float32, device=device) as bypass:

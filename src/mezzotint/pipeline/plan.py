@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-
 from importlib.metadata import version
+
 import torch
 
 from mezzotint.calibration import auto_samples
@@ -86,9 +86,7 @@ def make_plan(source: Source, request: Request) -> Planned:
     recipe.check_patterns(list(source.map.matrices))
     entries, kept = _entries(source, recipe)
     if not entries:
-        raise ConfigError(
-            f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule."
-        )
+        raise ConfigError(f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule.")
     form, because = _format(source, entries, request)
     layout = make_layout(source, entries, form)
     calibration = _calibration(source, entries, request)
@@ -171,8 +169,8 @@ def _check_stages(matrix: str, stages: Stages) -> None:
     """Refuse stages that are wrong together by mathematics."""
     if not stages.rounding.accepts_corrected and "drift" in stages.target.needs:
         raise ConfigError(
-            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target {stages.target.kind!r} "
-            "that counts twice. Use target.kind=weight, or rounding.kind=gptq."
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target "
+            f"{stages.target.kind!r} that counts twice. Use target.kind=weight, or rounding.kind=gptq."
         )
     if stages.rounding.scalar_only and stages.grid.tile != (1, 1):
         raise ConfigError(

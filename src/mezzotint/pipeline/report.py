@@ -72,7 +72,11 @@ def full_report(
     blocks = [as_json(r) for r in records if isinstance(r, BlockRecord)]
     return {
         "mezzotint": version("mezzotint"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": request.device},
         "model": request.model.name,
         "recipe": request.recipe.model_dump(mode="json"),

@@ -75,7 +75,7 @@ class Store:
         offset, shape, dtype, device = self._spilled[index]
         assert self._file is not None
         value = torch.empty(shape, dtype=dtype)
-        view = memoryview(value.view(torch.uint8).flatten().numpy())
+        view = value.view(torch.uint8).flatten().numpy().data
         done = 0
         while done < len(view):
             done += os.preadv(self._file, [view[done:]], offset + done)
@@ -118,12 +118,12 @@ class Store:
     def _open(self) -> int:
         # unlinked at once: nothing is left behind, however the process ends
         handle, name = tempfile.mkstemp(dir=self._folder, prefix="stream-")
-        os.unlink(name)
+        Path(name).unlink()
         return handle
 
     def _write(self, data: Tensor, offset: int) -> None:
         assert self._file is not None
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         done = 0
         try:
             while done < len(view):

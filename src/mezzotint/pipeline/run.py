@@ -95,7 +95,10 @@ def _streams(source: Source, planned: Planned, folder: Path, tell: Listener) -> 
         return None
     request = planned.request
     windows = calibration_windows(
-        source, planned.calibration, request, lambda done, total: tell(Progress(stage="sampling", done=done, total=total))
+        source,
+        planned.calibration,
+        request,
+        lambda done, total: tell(Progress(stage="sampling", done=done, total=total)),
     )
     fit, held_out = windows.split(seed=request.seed)
     needs = frozenset().union(*(entry.needs for entry in planned.plan.entries))
@@ -125,9 +128,7 @@ def _sweep(
     def sink(matrix: Any, weight: QuantizedWeight) -> None:
         output.put(matrix, weight)
 
-    sweep = Sweep(
-        source, planned.plan.entries, streams, sink=sink, notify=notify, device=planned.request.device
-    )
+    sweep = Sweep(source, planned.plan.entries, streams, sink=sink, notify=notify, device=planned.request.device)
     sweep.run()
     if streams is not None:
         streams.close()

@@ -63,4 +63,3 @@ def _first_message(stage: str, error: ValidationError) -> str:
         return str(cause)
     name = ".".join([stage, *(str(part) for part in first["loc"][:1])])
     return f"setting {name!r} cannot be {first['input']!r}: {first['msg']}."
-

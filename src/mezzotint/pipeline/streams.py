@@ -38,7 +38,7 @@ def batches_of(windows: Windows, held_out: bool) -> Iterator[Batch]:
 
 @contextmanager
 def surroundings(source: Source, *, head: bool, dtype: torch.dtype, device: str) -> Iterator[Bypass]:
-    """What lies before and after the blocks, in memory: embedding, positions, final norm and, if asked for, the head."""
+    """What lies around the blocks, in memory: embedding, positions, final norm and, if asked for, the head."""
     skeleton = source.skeleton
     paths = [block.path for block in source.map.blocks]
     output = None if head else skeleton.get_output_embeddings()
@@ -61,7 +61,9 @@ def _outside(module: nn.Module, name: str, paths: Sequence[str]) -> Iterator[tup
         return
     own = next((own for own, _ in module.named_parameters(recurse=False)), None)
     if own is not None:
-        raise ModelError(f"parameter {own!r} of {name or 'the model'} lies beside the blocks; it cannot be run by blocks.")
+        raise ModelError(
+            f"parameter {own!r} of {name or 'the model'} lies beside the blocks; it cannot be run by blocks."
+        )
     for child_name, child in module.named_children():
         yield from _outside(child, f"{name}.{child_name}".lstrip("."), paths)
 
@@ -142,7 +144,8 @@ class Streams:
         """What the full-precision stream put into a group; given once, then forgotten."""
         kept = self._seen.pop((batch, group))
         return {
-            expert: Inputs(**{name: self._inputs.pop(key) for name, key in keys.items()}) for expert, keys in kept.items()
+            expert: Inputs(**{name: self._inputs.pop(key) for name, key in keys.items()})
+            for expert, keys in kept.items()
         }
 
     def _keep_inputs(self, batch: int, group: int, inputs: GroupInputs, *, stream: bool) -> None:

@@ -120,9 +120,7 @@ class Sweep:
         names = [name for group in block.groups for name in group.matrices]
         return any(self._entries[name].needs for name in names if name in self._entries)
 
-    def _from_checkpoint(
-        self, name: str, fit: Statistics | None = None, held_out: Statistics | None = None
-    ) -> None:
+    def _from_checkpoint(self, name: str, fit: Statistics | None = None, held_out: Statistics | None = None) -> None:
         """Quantize a matrix read straight from the checkpoint; no block is run."""
         if name not in self._entries:
             return
@@ -200,9 +198,7 @@ class Sweep:
                 )
         return {expert: (finished[expert, False], finished[expert, True]) for expert in widths}
 
-    def _quantize(
-        self, matrix: Matrix, weight: Tensor, fit: Statistics | None, held_out: Statistics | None
-    ) -> Tensor:
+    def _quantize(self, matrix: Matrix, weight: Tensor, fit: Statistics | None, held_out: Statistics | None) -> Tensor:
         """Target, grid, rounding; hands the result on and returns its dense value."""
         started = time.perf_counter()
         entry = self._entries[matrix.name]

@@ -14,9 +14,9 @@ from mezzotint.errors import ConfigError
 class Qronos:
     """Settings of Qronos (arXiv 2505.11695) in its efficient form.
 
-    With ``C = W (G + lambda I)``, ``G = H + D``: the first column is ``Q((C_1 - w_rest H_rest,1) / H_11)``, then the rest
-    becomes ``(C_rest - q_1 H_1,rest) H_rest^-1``, and from there it is GPTQ with the factor of ``H_rest``. Equal to least
-    squares on the drift followed by GPTQ, but for the choice of the first column (MATH.md section 7).
+    With ``C = W (G + lambda I)``, ``G = H + D``: the first column is ``Q((C_1 - w_rest H_rest,1) / H_11)``, then the
+    rest becomes ``(C_rest - q_1 H_1,rest) H_rest^-1``, and from there it is GPTQ with the factor of ``H_rest``. Equal
+    to least squares on the drift followed by GPTQ, but for the choice of the first column (MATH.md section 7).
 
     Attributes:
         damping: ridge added to H and G alike, as a fraction of the mean diagonal of H.
@@ -58,7 +58,9 @@ class Qronos:
         cross = w @ (fit.gram + fit.drift).to(w.dtype) + ridge * w
         row = fit.gram[first[0]].to(w.dtype)
         diagonal = row[first] + ridge
-        ideal = (cross[:, first] - (w[:, rest] @ row[rest]).unsqueeze(1)) / diagonal if float(diagonal) > 0 else w[:, first]
+        ideal = w[:, first]
+        if float(diagonal) > 0:
+            ideal = (cross[:, first] - (w[:, rest] @ row[rest]).unsqueeze(1)) / diagonal
         code = grid.new_code()
         value = grid.encode_(code, ideal, first)
         later = upper[1:, 1:]

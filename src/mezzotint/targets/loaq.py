@@ -17,8 +17,8 @@ from mezzotint.targets.qep import quadratic_of
 class Loaq:
     """Settings of LoaQ (arXiv 2509.06297; MATH.md section 8).
 
-    ``T = W + [alpha W D + beta Gamma](H + lambda I)^-1`` with ``Gamma = (R - Rh) Xh'``, the drift of the residual stream
-    that the output is added to. Where nothing is added unchanged (post-norms, and every linear but the last of
+    ``T = W + [alpha W D + beta Gamma](H + lambda I)^-1`` with ``Gamma = (R - Rh) Xh'``, the drift of the residual
+    stream that the output is added to. Where nothing is added unchanged (post-norms, and every linear but the last of
     attention and MLP), Gamma does not exist and the target is QEP's.
 
     Attributes:
@@ -46,7 +46,7 @@ class Loaq:
         """
         w = weight if weight.dtype == torch.float64 else weight.float()
         if fit is None or fit.drift is None:
-            raise ConfigError("target 'loaq' needs calibration statistics of both streams; use target 'weight' instead.")
+            raise ConfigError("target 'loaq' needs statistics of both streams; use target 'weight' instead.")
         pull = self.alpha * (w @ fit.drift)
         decisions: dict[str, float | str] = {}
         if fit.residual is not None:
