@@ -1,197 +1,319 @@
-"""compressed-tensors ``pack-quantized``: what vLLM and transformers load (FORMATS.md).
+"""The ``pack-quantized`` layout of compressed-tensors: what vLLM, SGLang and transformers load most widely."""
 
-Codes are stored unsigned in a dense little-endian bit stream per row, as compressed-tensors 0.18 and later pack them
-(2, 4 and 8 bits are the same in every version). Scales have the checkpoint's dtype: engines cast them to it on loading,
-and codes that were chosen for other scales would no longer fit.
-"""
-
-from collections.abc import Mapping
-from typing import ClassVar
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mezzotint import kernels
-from mezzotint.core.contracts import Grid, QuantizedWeight
+from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
-from mezzotint.core.structure import Matrix, ModelMap
+from mezzotint.errors import FormatError
+from mezzotint.formats.targets import compact, known_modules, modules_of
 from mezzotint.grids.uniform import FittedUniform, UniformGrid
 
-_GROUP_SIZES = (128, 64, 32, 16)
+_PACKED = "pack-quantized"
+_USUAL_GROUPS = (128, 64, 32)  # sizes that GPU kernels have
+
+
+class Scheme(NamedTuple):
+    """What engines must know of a matrix before they read it."""
+
+    bits: int
+    symmetric: bool
+    group_size: int | None
+
+    def __str__(self) -> str:
+        groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.bits} bits {'symmetric' if self.symmetric else 'asymmetric'} {groups}"
 
 
 class CompressedTensors:
-    """The packed format of uniform grids of 2 to 8 bits on weights of ``nn.Linear``."""
+    """Uniform codes of 2 to 8 bits with a scale, and if asymmetric a zero point, per group or channel.
+
+    Tensors per module (compressed-tensors 0.18 or later; earlier versions read 3, 5, 6 and 7 bits differently):
+
+    * ``weight_packed`` int32 ``[out, ceil(in * bits / 32)]``: each row's unsigned codes as one dense little-endian
+      bit stream. What the library calls a code is signed: ours less ``2^(bits-1)``.
+    * ``weight_scale`` ``[out, groups]``.
+    * ``weight_shape`` int64 ``[2]``: out and in.
+    * ``weight_zero_point`` int32 ``[ceil(out * bits / 32), groups]``, asymmetric only: unsigned zero points, each
+      column's packed along ``out``.
+
+    **Dtype of the scales.** Engines keep them in the dtype the model is loaded in, so scales of another dtype than the
+    checkpoint's would be rounded once more, after the codes were chosen. Accepted are the checkpoint's own dtype, and any
+    of float16, bfloat16 and float32 in a float32 checkpoint, which holds all three exactly. Only `specs` and
+    `tensors` learn the checkpoint's dtype: they raise.
+    """
 
     name: ClassVar[str] = "compressed-tensors"
 
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
-        """The first rule that this entry breaks, or None."""
-        grid = entry.grid
-        if not matrix.linear:
-            return Refusal(
-                rule="linear-only",
-                what="kind of module",
-                value=f"{matrix.parameter} is no weight of an nn.Linear",
-                limit="compressed-tensors replaces nn.Linear only",
-                remedy="Use --for dense.",
-            )
-        if not isinstance(grid, UniformGrid) or entry.transform is not None:
+        """The first rule that this entry breaks, or None.
+
+        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``ragged-group``.
+        """
+        refusal = _refuses_matrix(matrix)
+        if refusal is not None:
+            return refusal
+        if not isinstance(entry.grid, UniformGrid):
             return Refusal(
                 rule="uniform-only",
-                what="grid",
-                value=grid.kind if entry.transform is None else f"{grid.kind} in another basis",
-                limit="compressed-tensors holds uniform grids in the original basis",
-                remedy="Use grid.kind=uniform and transform.kind=none, or --for dense.",
+                what=f"grid of {matrix.name}",
+                value=entry.grid.kind,
+                limit="compressed-tensors stores uniform grids only",
+                remedy="Use grid uniform, or format dense.",
+                nearest=UniformGrid(bits=min(8, max(2, round(entry.grid.bits)))),
             )
-        columns, size = matrix.shape[1], grid.columns_per_group(matrix.shape[1])
-        if columns % size:
-            fitting = [g for g in _GROUP_SIZES if columns % g == 0]
-            sizes = ", ".join(str(g) for g in fitting) or "none of the usual ones"
+        if entry.transform is not None:
             return Refusal(
-                rule="ragged-group",
-                what="grid.group_size",
-                value=f"{size} does not divide the width {columns}",
-                limit="every group must be full",
-                remedy=f"Sizes that divide it: {sizes}; null is one group a row.",
-                nearest=UniformGrid(bits=grid.bits, group_size=fitting[0] if fitting else None),
+                rule="no-transform",
+                what=f"transform of {matrix.name}",
+                value=type(entry.transform).__name__,
+                limit="engines multiply by the stored matrix as it is",
+                remedy="Use transform none, or format dense.",
+                nearest=entry.grid,
             )
-        return None
+        return _refuses_group(matrix, entry.grid)
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
-        """Mixed asymmetric schemes that transformers would misread, and fused classes of several schemes."""
-        refusals = []
-        schemes = {_scheme(e.grid) for e in plan.entries}
-        if len(schemes) > 1 and any(not symmetric for _, _, symmetric in schemes) and plan.engine != "vllm":
+        """Rules about several matrices: ``fused-scheme``, one per class, and ``mixed-asymmetric``."""
+        schemes = _schemes(plan, model)
+        classes: dict[str, list[Matrix]] = defaultdict(list)
+        for matrix in model.matrices.values():
+            classes[matrix.fusion].append(matrix)
+        refusals = [_refuses_class(fusion, members, schemes) for fusion, members in classes.items()]
+        distinct = list(dict.fromkeys(schemes.values()))
+        if len(distinct) > 1 and not all(scheme.symmetric for scheme in distinct):
             refusals.append(
                 Refusal(
                     rule="mixed-asymmetric",
-                    what="schemes",
-                    value=f"{len(schemes)} different ones, some with zero points",
-                    limit="transformers reads a mixed file only when all are symmetric",
-                    remedy="Use --set grid.symmetric=true, or --for dense, or --for vllm.",
+                    what=f"{len(distinct)} schemes",
+                    value="; ".join(map(str, distinct)),
+                    limit="transformers loads zero points only where one scheme serves all matrices",
+                    remedy="Use grid.symmetric=true, or one scheme for all matrices, or format dense.",
                 )
             )
-        classes: dict[str, dict[tuple[int, int | None, bool] | None, str]] = {}
-        by_name = {e.matrix: _scheme(e.grid) for e in plan.entries}
-        for name, matrix in model.matrices.items():
-            classes.setdefault(matrix.fusion, {}).setdefault(by_name.get(name), name)
-        for fusion, found in classes.items():
-            if len(found) > 1:
-                names = " and ".join(found.values())
-                refusals.append(
-                    Refusal(
-                        rule="fused-scheme",
-                        what=f"fused class {fusion}",
-                        value=f"{names} differ",
-                        limit="engines fuse these matrices and load one scheme for all of them",
-                        remedy="Let one rule match all of them, or use --for dense.",
-                    )
-                )
-        return tuple(refusals)
+        return tuple(refusal for refusal in refusals if refusal is not None)
 
     def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        """Names, dtypes and shapes of the tensors of a matrix."""
-        assert isinstance(grid, UniformGrid)
+        """What `tensors` will give.
+
+        Raises:
+            FormatError: the scales' dtype is not one that a checkpoint of ``dtype`` holds exactly.
+        """
+        grid = _resolved(matrix, grid, dtype)
+        _check_scale_dtype(matrix, grid, dtype)
         rows, columns = matrix.shape
-        groups = columns // grid.columns_per_group(columns)
-        module = module_name(matrix)
-        found = [
-            TensorSpec(f"{module}.weight_packed", torch.int32, (rows, _words(columns, grid.bits))),
-            TensorSpec(f"{module}.weight_scale", grid.storage_dtype, (rows, groups)),
-            TensorSpec(f"{module}.weight_shape", torch.int64, (2,)),
+        groups = -(-columns // grid.columns_per_group(columns))
+        prefix = _prefix(matrix)
+        specs = [
+            TensorSpec(prefix + "weight_packed", torch.int32, (rows, -(-columns * grid.bits // 32))),
+            TensorSpec(prefix + "weight_scale", grid.storage_dtype, (rows, groups)),
+            TensorSpec(prefix + "weight_shape", torch.int64, (2,)),
         ]
         if not grid.symmetric:
-            found.append(TensorSpec(f"{module}.weight_zero_point", torch.int32, (_words(rows, grid.bits), groups)))
-        return tuple(found)
+            shape = (-(-rows * grid.bits // 32), groups)
+            specs.append(TensorSpec(prefix + "weight_zero_point", torch.int32, shape))
+        return tuple(specs)
 
     def tensors(self, matrix: Matrix, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Packed codes, scales, shape and, with zero points, those packed along the rows."""
+        """Pack one matrix.
+
+        Raises:
+            FormatError: the grid or the basis cannot be stored, or the scales' dtype is wrong.
+        """
         fitted = weight.grid
-        assert isinstance(fitted, FittedUniform)
-        grid, module = fitted.grid, module_name(matrix)
-        found = {
-            f"{module}.weight_packed": kernels.pack_bits(weight.code.cpu().contiguous(), grid.bits),
-            f"{module}.weight_scale": fitted.scale.to(grid.storage_dtype).cpu().contiguous(),
-            f"{module}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        if not isinstance(fitted, FittedUniform):
+            raise FormatError(
+                f"{matrix.name} has a grid of kind {fitted.grid.kind}; compressed-tensors stores uniform grids only. "
+                "Use format dense."
+            )
+        if weight.basis is not None:
+            raise FormatError(
+                f"{matrix.name} has codes in the basis {weight.basis.kind}; engines multiply by the stored matrix as it "
+                "is. Use format dense."
+            )
+        grid = _resolved(matrix, fitted.grid, dtype)
+        _check_scale_dtype(matrix, grid, dtype)
+        prefix = _prefix(matrix)
+        scale = fitted.scale.to(grid.storage_dtype)
+        assert torch.equal(scale.to(fitted.scale.dtype), fitted.scale), f"{matrix.name}: scales are not rounded"
+        tensors = {
+            prefix + "weight_packed": kernels.pack_bits(weight.code, grid.bits),
+            prefix + "weight_scale": scale.contiguous(),
+            prefix + "weight_shape": torch.tensor(matrix.shape, dtype=torch.int64),
         }
         if not grid.symmetric:
-            by_group = fitted.zero_point.t().to(torch.uint8).cpu().contiguous()
-            found[f"{module}.weight_zero_point"] = kernels.pack_bits(by_group, grid.bits).t().contiguous()
-        return found
+            zero_point = fitted.zero_point.to(torch.uint8).t().contiguous()  # [groups, out]: packed along out
+            tensors[prefix + "weight_zero_point"] = kernels.pack_bits(zero_point, grid.bits).t().contiguous()
+        return tensors
 
     def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
-        """The matrix that these tensors store."""
-        assert isinstance(grid, UniformGrid)
-        module = module_name(matrix)
-        scale = tensors[f"{module}.weight_scale"].float()
-        code = kernels.unpack_bits(tensors[f"{module}.weight_packed"], grid.bits, matrix.shape[1])
+        """The inverse of `tensors`.
+
+        Raises:
+            FormatError: the tensors are of another shape than the matrix.
+        """
+        prefix = _prefix(matrix)
+        stored = tuple(tensors[prefix + "weight_shape"].tolist())
+        if stored != matrix.shape:
+            raise FormatError(f"{matrix.name} is stored with shape {stored}; the model has {matrix.shape}.")
+        scale = tensors[prefix + "weight_scale"]
+        grid = _resolved(matrix, grid, scale.dtype)
+        rows, columns = matrix.shape
+        code = kernels.unpack_bits(tensors[prefix + "weight_packed"], grid.bits, columns)
         if grid.symmetric:
-            zero_point = torch.full_like(scale, 2 ** (grid.bits - 1))
+            zero_point = torch.full(scale.shape, float(2 ** (grid.bits - 1)), device=scale.device)
         else:
-            packed = tensors[f"{module}.weight_zero_point"].t().contiguous()
-            zero_point = kernels.unpack_bits(packed, grid.bits, matrix.shape[0]).t().float().contiguous()
-        fitted = FittedUniform(grid=grid, shape=matrix.shape, scale=scale, zero_point=zero_point)
+            packed = tensors[prefix + "weight_zero_point"].t().contiguous()  # [groups, words]
+            zero_point = kernels.unpack_bits(packed, grid.bits, rows).t().contiguous().float()
+        fitted = FittedUniform(grid=grid, shape=matrix.shape, scale=scale.float(), zero_point=zero_point)
         return QuantizedWeight(shape=matrix.shape, code=code, grid=fitted)
 
-    def config(self, plan: Plan, model: ModelMap) -> Mapping[str, object]:
-        """``quantization_config``: one group per scheme; one scheme alone targets every ``Linear`` that is not ignored."""
-        members: dict[tuple[int, int | None, bool], list[str]] = {}
-        for entry in plan.entries:
-            members.setdefault(_scheme(entry.grid), []).append(module_name(model.matrices[entry.matrix]))
-        alone = len(members) == 1
-        groups = {
-            f"group_{i}": _group(scheme, ["Linear"] if alone else names)
-            for i, (scheme, names) in enumerate(members.items())
-        }
-        config: dict[str, object] = {
+    def config(self, plan: Plan, model: ModelMap, *, further: Iterable[str] = ()) -> Mapping[str, object]:
+        """The ``quantization_config`` of config.json.
+
+        One scheme gives one group of target ``Linear`` and the names of what is not quantized; several give explicit
+        targets, as patterns over the blocks where those match the same modules. ``dequantize`` makes transformers decode
+        zero points when it loads: its default route expects them unpacked.
+
+        Args:
+            plan: passed `refuses_plan`.
+            model: with every linear of the blocks, and the head.
+            further: names of ``nn.Linear`` modules that the map does not hold, e.g. outside the blocks.
+        """
+        schemes = _schemes(plan, model)
+        groups: dict[Scheme, list[str]] = defaultdict(list)
+        for name, scheme in schemes.items():
+            groups[scheme].extend(modules_of(model.matrices[name]))
+        known = known_modules(model, further)
+        quantized = {module for modules in groups.values() for module in modules}
+        ignored = [module for module in known if module not in quantized]
+        one = len(groups) == 1
+        return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": _PACKED,
             "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": [_ignored(name, model) for name in plan.kept],
             "kv_cache_scheme": None,
+            "ignore": compact(ignored, known),
+            **({"dequantize": True} if one and not next(iter(groups)).symmetric else {}),
+            "config_groups": {
+                f"group_{i}": {
+                    "targets": _class_targets(modules, model) if one else compact(modules, known),
+                    "format": _PACKED,
+                    "weights": _weights(scheme),
+                    "input_activations": None,
+                    "output_activations": None,
+                }
+                for i, (scheme, modules) in enumerate(groups.items())
+            },
         }
-        if alone and not next(iter(members))[2]:
-            config["dequantize"] = True  # transformers loads zero points in this mode only
-        return config
 
 
-def module_name(matrix: Matrix) -> str:
-    """Name of the module in the checkpoint."""
-    return matrix.sources[0].removesuffix(".weight")
+def _refuses_matrix(matrix: Matrix) -> Refusal | None:
+    if not matrix.linear or matrix.transposed or matrix.expert is not None or len(matrix.sources) != 1:
+        return Refusal(
+            rule="linear-only",
+            what=matrix.name,
+            value="not the weight of an nn.Linear",
+            limit="engines read packed weights for nn.Linear only",
+            remedy="Keep it, or use format dense.",
+        )
+    if matrix.tied_to is not None:
+        return Refusal(
+            rule="tied",
+            what=matrix.name,
+            value=f"shares its storage with {matrix.tied_to}",
+            limit="a packed copy would be replaced by the shared tensor when the model is loaded",
+            remedy="Keep it.",
+        )
+    return None
 
 
-def _ignored(name: str, model: ModelMap) -> str:
-    matrix = model.matrices.get(name)
-    # the name of a tied head in the checkpoint is the embedding's; engines know it by its own
-    return name.removesuffix(".weight") if matrix is None or matrix.tied_to else module_name(matrix)
+def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:
+    width, size = matrix.shape[1], grid.group_size
+    if not isinstance(size, int) or width % size == 0:
+        return None
+    divisors = [d for d in range(8, min(width, 1024) + 1) if width % d == 0]
+    usual = [d for d in _USUAL_GROUPS if d <= size and width % d == 0]
+    below = [d for d in divisors if d <= size]
+    best = usual[0] if usual else below[-1] if below else None
+    shown = ", ".join(map(str, divisors)) or "none from 8 to 1024"
+    return Refusal(
+        rule="ragged-group",
+        what=f"grid.group_size of {matrix.name}",
+        value=f"{size} does not divide the width {width}",
+        limit="engines read whole groups only",
+        remedy=f"Sizes that divide it: {shown}; or null for one scale a row.",
+        nearest=UniformGrid(
+            bits=grid.bits, group_size=best, symmetric=grid.symmetric, range=grid.range, scale_dtype=grid.scale_dtype
+        ),
+    )
 
 
-def _scheme(grid: Grid) -> tuple[int, int | None, bool]:
-    assert isinstance(grid, UniformGrid)
-    assert grid.group_size != "auto"
-    return grid.bits, grid.group_size, grid.symmetric
+def _refuses_class(fusion: str, members: list[Matrix], schemes: Mapping[str, Scheme]) -> Refusal | None:
+    """Engines that fuse q, k and v (gate and up) read one scheme for the class, and fail on any other."""
+    found = {member.name: schemes.get(member.name) for member in members}
+    if len(set(found.values())) == 1:
+        return None
+    value = "; ".join(f"{name}: {'kept' if scheme is None else scheme}" for name, scheme in found.items())
+    return Refusal(
+        rule="fused-scheme",
+        what=f"fused class {fusion}",
+        value=value,
+        limit="engines store these as one matrix with one scheme",
+        remedy="Give all of them the same bits, group size and symmetry, or keep all of them.",
+    )
 
 
-def _group(scheme: tuple[int, int | None, bool], targets: list[str]) -> dict[str, object]:
-    bits, group_size, symmetric = scheme
-    weights = {
-        "num_bits": bits,
+def _schemes(plan: Plan, model: ModelMap) -> dict[str, Scheme]:
+    """Schemes by matrix name, in the order of the plan; only entries that `refuses` accepts have one."""
+    schemes = {}
+    for entry in plan.entries:
+        if isinstance(entry.grid, UniformGrid):
+            grid = entry.grid.resolve(model.matrices[entry.matrix].shape, torch.float32)
+            assert grid.group_size != "auto"
+            schemes[entry.matrix] = Scheme(grid.bits, grid.symmetric, grid.group_size)
+    return schemes
+
+
+def _class_targets(modules: list[str], model: ModelMap) -> list[str]:
+    # vLLM's head is no "Linear" to it: a quantized head is named besides.
+    head = () if model.head is None else modules_of(model.matrices[model.head])
+    return ["Linear", *(module for module in modules if module in head)]
+
+
+def _weights(scheme: Scheme) -> dict[str, object]:
+    return {
+        "num_bits": scheme.bits,
         "type": "int",
-        "symmetric": symmetric,
-        "strategy": "channel" if group_size is None else "group",
-        "group_size": group_size,
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
         "dynamic": False,
     }
-    return {
-        "targets": targets,
-        "format": "pack-quantized",
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-    }
 
 
-def _words(values: int, bits: int) -> int:
-    return -(-values * bits // 32)
+def _resolved(matrix: Matrix, grid: Grid, dtype: torch.dtype) -> UniformGrid:
+    assert isinstance(grid, UniformGrid), f"{matrix.name}: `refuses` accepts uniform grids only"
+    return grid.resolve(matrix.shape, dtype)
+
+
+def _check_scale_dtype(matrix: Matrix, grid: UniformGrid, dtype: torch.dtype) -> None:
+    if dtype in (grid.storage_dtype, torch.float32):
+        return
+    refusal = Refusal(
+        rule="scale-dtype",
+        what=f"grid.scale_dtype of {matrix.name}",
+        value=grid.scale_dtype,
+        limit=f"engines round the scales of a {str(dtype).removeprefix('torch.')} checkpoint to that dtype",
+        remedy="Use grid.scale_dtype=auto.",
+    )
+    raise FormatError(str(refusal))
+
+
+def _prefix(matrix: Matrix) -> str:
+    return matrix.sources[0].removesuffix("weight")

@@ -1,4 +1,4 @@
-"""Dequantized weights under their own names: loads wherever the original does, and is as large."""
+"""Dequantized weights under their own names: any engine loads them, nothing is saved."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -6,42 +6,57 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mezzotint.core.contracts import Grid, QuantizedWeight
+from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
-from mezzotint.core.structure import Matrix, ModelMap
+from mezzotint.errors import FormatError
 
 
 class Dense:
-    """A plain folder in the checkpoint's dtype; holds every grid on every kind of module."""
+    """The values that the codes stand for, in the checkpoint's dtype and orientation.
+
+    A matrix that is a whole tensor of the checkpoint is stored under that tensor's name. One that is not (an expert of a
+    stacked parameter, a matrix cut from or joined of several tensors) is keyed by its canonical name instead: the
+    caller assembles parameters from these and restores the checkpoint's own tensors.
+    """
 
     name: ClassVar[str] = "dense"
 
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
-        """Nothing is refused."""
+        """Nothing: every grid and basis has values."""
         return None
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
-        """Nothing is refused."""
+        """Nothing: every matrix is on its own."""
         return ()
 
     def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        """One tensor, stored as the original was."""
-        shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
-        return (TensorSpec(matrix.sources[0], dtype, shape),)
+        """One tensor of the checkpoint's dtype, in the stored orientation."""
+        rows, columns = matrix.shape
+        return (TensorSpec(_key(matrix), dtype, (columns, rows) if matrix.transposed else (rows, columns)),)
 
-    def tensors(self, matrix: Matrix, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The dequantized matrix; experts and shared tensors are put together by the caller instead."""
+    def tensors(
+        self, matrix: Matrix, weight: QuantizedWeight, dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, Tensor]:
+        """The value ``[out, in]``, or ``[in, out]`` where it is stored so."""
         value = weight.dense(dtype)
-        return {matrix.sources[0]: (value.t() if matrix.transposed else value).cpu().contiguous()}
+        return {_key(matrix): (value.t() if matrix.transposed else value).contiguous()}
 
     def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
-        """Codes are not stored.
+        """Not possible.
 
         Raises:
-            NotImplementedError: always.
+            FormatError: always; values that were rounded to the checkpoint's dtype no longer tell their codes.
         """
-        raise NotImplementedError("a dense folder holds values, not codes; read its tensors directly")
+        raise FormatError(
+            f"{matrix.name} is stored as dense values, which hold no codes. Read them as weights, or quantize again "
+            "into a packed format."
+        )
 
     def config(self, plan: Plan, model: ModelMap) -> Mapping[str, object] | None:
-        """Nothing to tell a reader."""
+        """None: to an engine this is an ordinary model."""
         return None
+
+
+def _key(matrix: Matrix) -> str:
+    whole = len(matrix.sources) == 1 and matrix.expert is None
+    return matrix.sources[0] if whole else matrix.name

@@ -24,8 +24,8 @@ from mezzotint.formats.folder import no_space, sync_folder, write_json
 JOURNAL = "shards.written"
 _CHUNK = 1 << 23
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Two files on different file systems, or a kernel or file system without it: read and write instead.
-_NO_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+# Two files on different file systems, or a kernel or file system without the call: the plain way instead.
+_UNSUPPORTED = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class ShardWriter:
                 f"Start without --resume, or remove {self.folder}."
             )
         with _space_errors(shard.path, shard.size):
-            file = os.open(shard.path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(shard.path, os.O_RDWR | os.O_CREAT | (0 if known else os.O_TRUNC), 0o644)
             self._files[shard.path] = file
             if not known:
                 _reserve(file, shard.size)
@@ -302,9 +302,13 @@ def _read_journal(path: Path) -> set[str]:
 def _reserve(file: int, size: int) -> None:
     """Give the file its size, and its blocks where the system can: a full disk shows now and not hours later."""
     if sys.platform == "linux":
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.ftruncate(file, size)
+        try:
+            os.posix_fallocate(file, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    os.ftruncate(file, size)
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:
@@ -320,7 +324,7 @@ def _copy_range(source: int, source_offset: int, target: int, target_offset: int
         try:
             count = os.copy_file_range(source, target, size - done, source_offset + done, target_offset + done)
         except OSError as error:
-            if error.errno not in _NO_COPY:
+            if error.errno not in _UNSUPPORTED:
                 raise
             break
         if count == 0:

@@ -17,6 +17,7 @@ from mezzotint.calibration import (
 )
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
+from mezzotint.models.skeleton import quiet
 from mezzotint.pipeline.plan import CalibrationPlan
 from mezzotint.pipeline.request import Request
 
@@ -54,9 +55,10 @@ def _sampled(source: Source, plan: CalibrationPlan, request: Request, progress: 
             f"--memory ({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=request.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(source.folder), dtype="auto", trust_remote_code=request.trust_remote_code
-    )
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source.folder), dtype="auto", trust_remote_code=request.trust_remote_code
+        )
     torch.nn.Module.to(model.eval(), request.device)
     with torch.no_grad():
         return sample_windows(
