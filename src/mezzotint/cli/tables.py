@@ -1,8 +1,9 @@
 """What people see: tables and progress."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
@@ -66,46 +67,38 @@ def progress(console: Console) -> Iterator[Callable[[Any], None]]:
 def show_plan(planned: Any, console: Console) -> None:
     """The plan by kind of matrix, then totals."""
     plan = planned.plan
-    table = Table(title=f"plan: {planned.request.recipe.name} for {planned.request.model.name}")
-    for column in ("matrices", "shape", "target", "grid", "rounding", "bits", "because"):
-        table.add_column(column)
-    for names, entry in _alike(plan.entries, planned.shapes):
+    table = Table(title=f"plan: recipe {planned.request.recipe.name} for {planned.request.model.name}")
+    for column in ("matrices", "how", "bits/weight", "because"):
+        table.add_column(column, justify="right" if column == "bits/weight" else "left", overflow="fold")
+    for names, entry in _alike(plan.entries):
         rows, columns = planned.shapes[entry.matrix]
-        bits = entry.bits.total / (rows * columns)
-        table.add_row(
-            names,
-            f"{rows} x {columns}",
-            entry.target.kind,
-            _settings(entry.grid),
-            _settings(entry.rounding),
-            f"{bits:.3f}",
-            entry.because,
-        )
+        how = ", ".join(_short(stage) for stage in (entry.target, entry.grid, entry.rounding))
+        table.add_row(names, how, f"{entry.bits.total / (rows * columns):.3f}", entry.because)
     console.print(table)
     for name, reason in _alike_kept(plan.kept):
-        console.print(f"kept: {escape(name)}: {escape(reason)}")
+        console.print(f"kept: {escape(name)}: {escape(reason)}", highlight=False)
     console.print(
         f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without "
-        f"scales and zero points), {size(plan.bytes)} in all, format {plan.format}"
+        f"scales and zero points), {size(plan.bytes)} in all, format {plan.format} ({planned.because})"
     )
     if planned.calibration is None:
         console.print("calibration: none needed")
     else:
         c = planned.calibration
-        console.print(
-            f"calibration: {c.samples} windows of {c.seqlen} tokens from {c.source!r}, about "
-            f"{planned.costs.flops / 1e12:.1f} TFLOP"
-        )
-    console.print(f"memory: about {size(plan.peak_memory_bytes)}")
+        console.print(f"calibration: {c.samples} windows of {c.seqlen} tokens from {c.source!r}")
+    console.print(f"about {planned.seconds():.0f} s on this machine, and {size(plan.peak_memory_bytes)} of memory")
 
 
-def _alike(entries: Any, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[str, Any]]:
-    """Entries that differ only in their block, as one line with a star for the block."""
+def _alike(entries: Any) -> list[tuple[str, Any]]:
+    """Entries that are treated alike, as one line: their names within a block, and how many they are."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for e in entries:
-        pattern = ".".join("*" if part.isdigit() else part.split("[")[0] for part in e.matrix.split("."))
-        groups.setdefault((pattern, shapes[e.matrix], e.grid, e.rounding, e.target, e.because), []).append(e)
-    return [(f"{key[0]} ({len(members)})", members[0]) for key, members in groups.items()]
+        groups.setdefault((e.grid, e.rounding, e.target, e.because), []).append(e)
+    lines = []
+    for members in groups.values():
+        parts = dict.fromkeys(re.sub(r"^.*?\.\d+\.|\[\d+\]", "", e.matrix) for e in members)
+        lines.append((f"{', '.join(parts)} ({len(members)})", members[0]))
+    return lines
 
 
 def _alike_kept(kept: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -116,12 +109,12 @@ def _alike_kept(kept: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(f"{name} ({count})" if count > 1 else name, reason) for (name, reason), count in groups.items()]
 
 
-def _settings(stage: Any) -> str:
-    from mezzotint.pipeline.report import stage as as_dict
-
-    values = as_dict(stage)
-    kind = values.pop("kind")
-    return kind + "".join(f" {name}={value}" for name, value in values.items())
+def _short(stage: Any) -> str:
+    """A stage's kind and what differs from its defaults."""
+    changed = [
+        f"{f.name}={getattr(stage, f.name)}" for f in fields(stage) if getattr(stage, f.name) not in (f.default, None)
+    ]
+    return " ".join([stage.kind, *changed])
 
 
 def show_result(result: Mapping[str, Any], console: Console) -> None:

@@ -18,7 +18,7 @@ from mezzotint.calibration import (
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
-from mezzotint.pipeline.plan import CalibrationPlan
+from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.request import Request
 
 _SELF_BATCH = 64

@@ -192,11 +192,12 @@ class BlockRun:
     def _advance(self) -> tuple[Any, ...]:
         if self._run is None:
             self._run = _Paused(self._forward)
-        return self._run.switch()
+        # here, not inside: a thread has one switch for gradients, and what waits must not leave it turned
+        with torch.no_grad():
+            return self._run.switch()
 
     def _forward(self) -> tuple[str, Tensor]:
-        with torch.no_grad():
-            output = self._block(self._hidden(), *self._call.args, **self._call.kwargs)
+        output = self._block(self._hidden(), *self._call.args, **self._call.kwargs)
         return "end", output[0] if isinstance(output, tuple) else output
 
 
@@ -249,7 +250,9 @@ def stops(skeleton: nn.Module, block: Block, *, parallel: bool) -> Iterator[None
 def _note_stream(_: nn.Module, args: tuple[Any, ...]) -> None:
     current = _current()
     if current is not None:
-        current.stream, current.added = args[0], None
+        if args[0] is not current.stream:  # a parallel block norms the same stream twice
+            current.added = None
+        current.stream = args[0]
 
 
 def _note_added(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:

@@ -13,8 +13,8 @@ from mezzotint.core.contracts import Block, Matrix
 from mezzotint.core.files import Entry, Format, Plan
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.models import Source
+from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, estimate, flops_per_second
 from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
-from mezzotint.pipeline.memory import Costs, estimate
 from mezzotint.pipeline.recipe import Recipe, Stages
 from mezzotint.pipeline.request import ENGINES, Request
 from mezzotint.registry import FORMATS
@@ -24,26 +24,14 @@ TEXT_SEQLEN = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationPlan:
-    """Calibration as it will be run."""
-
-    source: str
-    samples: int
-    seqlen: int
-
-    @property
-    def tokens(self) -> int:
-        """In all windows, held-out ones included."""
-        return self.samples * self.seqlen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
     """A plan with what it was made for.
 
     Attributes:
         calibration: None if nothing needs it.
         costs: predicted memory and time.
+        shapes: of the quantized matrices.
+        because: why this format.
     """
 
     plan: Plan
@@ -69,6 +57,11 @@ class Planned:
         return sum(e.bits.code for e in self.plan.entries) / max(self.weights, 1)
 
     shapes: Mapping[str, tuple[int, int]]
+    because: str
+
+    def seconds(self) -> float:
+        """Predicted time of the run, from the speed of a matrix product measured now."""
+        return START_SECONDS + self.costs.flops / flops_per_second(self.request.device)
 
     @property
     def _sizes(self) -> list[tuple[str, int]]:
@@ -90,7 +83,7 @@ def make_plan(source: Source, request: Request) -> Planned:
     form, because = _format(source, entries, request)
     layout = make_layout(source, entries, form)
     calibration = _calibration(source, entries, request)
-    costs = estimate(source, entries, tokens=calibration.tokens if calibration else 0, memory=request.memory)
+    costs = estimate(source, entries, calibration=calibration, memory=request.memory)
     plan = Plan(
         entries=tuple(entries),
         kept=kept,
@@ -105,7 +98,14 @@ def make_plan(source: Source, request: Request) -> Planned:
         raise FormatError(f"format {form.name!r} ({because}) cannot hold this plan: {refusals[0]}")
     shapes = {entry.matrix: source.map.matrices[entry.matrix].shape for entry in entries}
     return Planned(
-        plan=plan, request=request, layout=layout, form=form, calibration=calibration, costs=costs, shapes=shapes
+        plan=plan,
+        request=request,
+        layout=layout,
+        form=form,
+        calibration=calibration,
+        costs=costs,
+        shapes=shapes,
+        because=because,
     )
 
 

@@ -1,13 +1,32 @@
 """What a run costs, predicted from shapes: memory of the process, and floating-point work."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from mezzotint.core.files import Entry
 from mezzotint.models import Source
 
 BASE_BYTES = 450 * 2**20  # interpreter, torch and transformers, measured on Linux
+START_SECONDS = 2.0  # opening, planning, writing
 _FLOAT = 4
+_SAMPLING = 4  # a token sampled one by one costs so many of those that run side by side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationPlan:
+    """Calibration as it will be run."""
+
+    source: str
+    samples: int
+    seqlen: int
+
+    @property
+    def tokens(self) -> int:
+        """In all windows, held-out ones included."""
+        return self.samples * self.seqlen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +46,15 @@ class Costs:
     flops: float
 
 
-def estimate(source: Source, entries: Sequence[Entry], *, tokens: int, memory: int | None) -> Costs:
-    """Costs of a run over that many calibration tokens (0: none needed).
+def estimate(
+    source: Source, entries: Sequence[Entry], *, calibration: CalibrationPlan | None, memory: int | None
+) -> Costs:
+    """Costs of a run with that calibration, if any is needed.
 
     The largest block is in memory once in float32; the solver holds four squares of the widest input and three copies
     of the largest matrix; two streams of hidden states and what waits inside a block fill what ``memory`` leaves.
     """
+    tokens = 0 if calibration is None else calibration.tokens
     matrices = source.map.matrices
     blocks = [[matrices[name] for group in block.groups for name in group.matrices] for block in source.map.blocks]
     block_bytes = max(sum(m.shape[0] * m.shape[1] for m in block) for block in blocks) * _FLOAT
@@ -50,7 +72,9 @@ def estimate(source: Source, entries: Sequence[Entry], *, tokens: int, memory: i
     room = stream + waiting if memory is None else max(0, memory - fixed - (waiting if keep_runs else waiting // 8))
     peak = fixed + min(stream, room) + (waiting if keep_runs else waiting // 8)
     weights = sum(m.shape[0] * m.shape[1] for block in blocks for m in block)
-    forward = 2 * 2 * tokens * weights
+    both = any("drift" in entry.needs for entry in entries)
+    sampled = calibration is not None and calibration.source == "self"
+    forward = 2 * tokens * weights * (1 + both + _SAMPLING * sampled)
     grams = sum(2 * tokens * m.shape[1] ** 2 for m in solved) / 2
     rounding = sum(2 * m.shape[0] * m.shape[1] ** 2 for m in solved)
     return Costs(
@@ -59,3 +83,14 @@ def estimate(source: Source, entries: Sequence[Entry], *, tokens: int, memory: i
         keep_runs=keep_runs,
         flops=float(forward + grams + rounding),
     )
+
+
+def flops_per_second(device: str) -> float:
+    """Speed of a float32 matrix product on this machine now."""
+    square = torch.ones(768, 768, device=device)
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        float((square @ square)[0, 0])
+        best = max(best, 2 * 768**3 / (time.perf_counter() - started))
+    return best
