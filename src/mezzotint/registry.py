@@ -50,6 +50,7 @@ ROUNDINGS = Registry(
         "qronos": "mezzotint.rounding.qronos:Qronos",
     },
 )
+REFINEMENTS = Registry("refinement", {"descent": "mezzotint.rounding.refine:Descent"})
 FORMATS = Registry(
     "format",
     {

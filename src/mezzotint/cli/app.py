@@ -95,7 +95,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """``name=value`` pairs; values are YAML scalars.
 
     Raises:
-        ConfigError: a pair has no ``=``.
+        ConfigError: a pair has no ``=``, or a value that cannot be read.
     """
     settings = {}
     for pair in pairs:
@@ -104,7 +104,10 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"--set {pair!r} has no '='; write --set name=value, for example --set grid.group_size=64."
             )
-        settings[name.strip()] = yaml.safe_load(value)
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {pair!r}: the value is no YAML scalar; write for example 64, true or null.") from error
     return settings
 
 

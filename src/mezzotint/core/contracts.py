@@ -29,6 +29,7 @@ __all__ = [
     "NormEdge",
     "Quadratic",
     "QuantizedWeight",
+    "Refinement",
     "Rewrite",
     "Role",
     "Rounded",
@@ -252,8 +253,12 @@ class FittedGrid(Protocol):
         """The grid of ``factor`` times the values."""
         ...
 
-    def refit(self, code: Tensor, q: Quadratic) -> "FittedGrid | None":
-        """Better parameters for given codes, or None if nothing can be refitted."""
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales rounded to the dtype they are stored in; only asked of an affine grid."""
+        ...
+
+    def with_scale(self, scale: Float[Tensor, "out groups"]) -> "FittedGrid":
+        """The grid with other scales; only asked of an affine grid."""
         ...
 
 
@@ -270,6 +275,17 @@ class Rounded:
     grid: FittedGrid
     value: Float[Tensor, "out in"]
     before: Float[Tensor, "out in"] | None = None
+
+
+@runtime_checkable
+class Refinement(Protocol):
+    """Improves the result of a rounding on the layer's quadratic."""
+
+    kind: ClassVar[str]
+
+    def refine(self, rounded: Rounded, quadratic: Quadratic) -> Rounded:
+        """A result whose quadratic is at most that of ``rounded``."""
+        ...
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mezzotint.core.contracts import Bits, Grid, QuantizedWeight, Rounding, Target, Transform
+from mezzotint.core.contracts import Bits, Grid, QuantizedWeight, Refinement, Rounding, Target, Transform
 from mezzotint.core.structure import Matrix, ModelMap
 
 
@@ -22,6 +22,7 @@ class Entry:
     transform: Transform | None
     grid: Grid
     rounding: Rounding
+    refinement: Refinement | None
     bits: Bits
     because: str
 
@@ -29,7 +30,8 @@ class Entry:
     def needs(self) -> frozenset[str]:
         """Statistics that this entry must have."""
         transform = frozenset[str]() if self.transform is None else self.transform.needs
-        return self.target.needs | self.rounding.needs | self.grid.needs | transform
+        refinement = frozenset[str]() if self.refinement is None else frozenset({"gram"})
+        return self.target.needs | self.rounding.needs | self.grid.needs | transform | refinement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,8 @@ def kl_nats(
 
     The last two sums cancel in exact arithmetic. In floating point they cancel, to first order, the error of the two
     normalisations: in float32, over 49 152 tokens, the error is 1e-7 nats with them and up to 6e-7 without. Three
-    temporaries of the size of the logits live at once. Tokens that the reference excludes (logit ``-inf``) contribute nothing.
+    temporaries of the size of the logits live at once. Tokens that the reference excludes (logit ``-inf``) contribute
+    nothing.
 
     Args:
         reference_logits: of p, ``[tokens, vocab]``, any floating dtype.

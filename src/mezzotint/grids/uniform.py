@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mezzotint import kernels
-from mezzotint.core.contracts import Affine, Bits, FittedGrid, Quadratic
+from mezzotint.core.contracts import Affine, Bits
 from mezzotint.errors import ConfigError
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -188,6 +188,14 @@ class FittedUniform:
         """``scale * (code - zero_point)``."""
         return kernels.affine_decode(code, self.scale, self.zero_point, self.group_size)
 
+    def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Scales rounded to the dtype they are stored in."""
+        return scale.to(self.grid.storage_dtype).to(scale.dtype)
+
+    def with_scale(self, scale: Float[Tensor, "out groups"]) -> "FittedUniform":
+        """The grid with other scales, which the storage dtype represents exactly."""
+        return replace(self, scale=scale)
+
     def take_rows(self, rows: slice) -> "FittedUniform":
         """The grid of some rows."""
         scale = self.scale[rows]
@@ -196,10 +204,6 @@ class FittedUniform:
     def scaled(self, factor: float) -> "FittedUniform":
         """The grid of ``factor`` times the values."""
         return replace(self, scale=self.scale * factor)
-
-    def refit(self, code: Tensor, q: Quadratic) -> FittedGrid | None:
-        """Scales are not refitted for given codes."""
-        return None
 
     def _of_columns(self, columns: Int[Tensor, " k"]) -> tuple[Float[Tensor, "out k"], Float[Tensor, "out k"]]:
         groups = columns // self.group_size

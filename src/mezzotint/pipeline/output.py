@@ -56,6 +56,10 @@ class Output:
         """Check that everything was written, and sync."""
         self._writer.close()
 
+    def release(self) -> None:
+        """Close the files as they are, finished or not."""
+        self._writer.release()
+
     def _matrices_of(self, assembly: frozenset[str]) -> set[str]:
         matrices = self._source.map.matrices.values()
         return {m.name for m in matrices if m.parameter in assembly and m.name in self._quantized}

@@ -148,6 +148,7 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 transform=stages.transform,
                 grid=grid,
                 rounding=stages.rounding,
+                refinement=stages.refinement,
                 bits=grid.stored_bits(matrix.shape),
                 because=because,
             )
@@ -221,7 +222,10 @@ def _fingerprint(source: Source, request: Request, entries: list[Entry]) -> str:
         "torch": torch.__version__,
         "config": source.config.to_dict(),
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.tensors.items()},
-        "entries": [[e.matrix, repr(e.target), repr(e.transform), repr(e.grid), repr(e.rounding)] for e in entries],
+        "entries": [
+            [e.matrix, repr(e.target), repr(e.transform), repr(e.grid), repr(e.rounding), repr(e.refinement)]
+            for e in entries
+        ],
         "calibration": asdict(request.calibration),
         "seed": request.seed,
         "engine": request.engine,

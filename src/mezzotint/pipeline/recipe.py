@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mezzotint.core.contracts import Grid, Rounding, Target, Transform
+from mezzotint.core.contracts import Grid, Refinement, Rounding, Target, Transform
 from mezzotint.errors import ConfigError, unknown
 from mezzotint.pipeline.settings import Settings, build, with_setting
-from mezzotint.registry import GRIDS, ROUNDINGS, TARGETS, TRANSFORMS
+from mezzotint.registry import GRIDS, REFINEMENTS, ROUNDINGS, TARGETS, TRANSFORMS, Registry
+
+STAGES = ("target", "transform", "grid", "rounding", "refinement")
 
 
 class Rule(BaseModel):
@@ -51,12 +53,13 @@ class Recipe(BaseModel):
     transform: dict[str, Any] = {"kind": "none"}
     grid: dict[str, Any] = {"kind": "uniform"}
     rounding: dict[str, Any] = {"kind": "gptq"}
+    refinement: dict[str, Any] = {"kind": "none"}
     rules: tuple[Rule, ...] = ()
 
     @property
     def settings(self) -> dict[str, Settings]:
         """The stages as nested dictionaries."""
-        return {stage: dict(getattr(self, stage)) for stage in ("target", "transform", "grid", "rounding")}
+        return {stage: dict(getattr(self, stage)) for stage in STAGES}
 
     def with_settings(self, changes: Mapping[str, Any]) -> "Recipe":
         """A copy with dotted settings changed, e.g. ``{"grid.bits": 3}``; checked.
@@ -86,9 +89,10 @@ class Recipe(BaseModel):
             settings = with_setting(settings, name, value)
         return Stages(
             target=build("target", settings["target"], TARGETS),
-            transform=_transform(settings["transform"]),
+            transform=_optional("transform", settings["transform"], TRANSFORMS),
             grid=build("grid", settings["grid"], GRIDS),
             rounding=build("rounding", settings["rounding"], ROUNDINGS),
+            refinement=_optional("refinement", settings["refinement"], REFINEMENTS),
         )
 
     def check_patterns(self, matrices: Sequence[str]) -> None:
@@ -106,8 +110,15 @@ class Recipe(BaseModel):
                 )
 
 
-def _transform(settings: Mapping[str, Any]) -> Transform | None:
-    return None if settings.get("kind") == "none" else build("transform", settings, TRANSFORMS)
+def _optional(stage: str, settings: Mapping[str, Any], registry: Registry) -> Any:
+    if settings.get("kind") != "none":
+        return build(stage, settings, registry)
+    for name in sorted(settings.keys() - {"kind"}):
+        raise ConfigError(
+            f"setting '{stage}.{name}' does nothing while {stage}.kind is none. Set the kind too: "
+            f"{', '.join(registry) or 'there is none yet'}."
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +129,7 @@ class Stages:
     transform: Transform | None
     grid: Grid
     rounding: Rounding
+    refinement: Refinement | None
 
 
 @cache
@@ -151,7 +163,8 @@ def load_recipe(name: str) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"recipe file {name!r}: {unknown('key', where, Recipe.model_fields)}") from error
+            known = Rule.model_fields if first["loc"][0] == "rules" else Recipe.model_fields
+            raise ConfigError(f"recipe file {name!r}: {unknown('key', where, known)}") from error
         raise ConfigError(f"recipe file {name!r}: {where}: {first['msg']}.") from error
     recipe.stages()
     return recipe

@@ -107,11 +107,9 @@ def resolve_recipe(
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = dict(settings or {})
     if bits is not None:
-        if bits != int(bits):
-            raise ConfigError(
-                f"--bits is {bits:g}; grid {chosen.grid.get('kind')!r} stores whole bits. Use --bits {int(bits)} "
-                f"or --bits {int(bits) + 1}."
-            )
+        if not float(bits).is_integer():
+            near = f"Use --bits {int(bits)} or --bits {int(bits) + 1}" if 2 <= bits < 8 else "Use --bits 2 to 8"
+            raise ConfigError(f"--bits is {bits:g}; grid {chosen.grid.get('kind')!r} stores whole bits. {near}.")
         changes["grid.bits"] = int(bits)
     changed = chosen.with_settings(changes)
     return changed.with_rules([Rule(match=pattern, keep=True) for pattern in keep])

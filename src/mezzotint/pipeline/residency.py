@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,13 @@ class Budget:
         self.used -= nbytes
 
 
+class _Place(NamedTuple):
+    """A piece of the file."""
+
+    offset: int
+    size: int
+
+
 class Store:
     """Tensors by index; those that do not fit the budget go to a temporary file.
 
@@ -47,10 +55,10 @@ class Store:
         self._budget = budget
         self._folder = folder
         self._held: dict[int, Tensor] = {}
-        self._spilled: dict[int, tuple[int, torch.Size, torch.dtype, torch.device]] = {}
+        self._spilled: dict[int, tuple[_Place, torch.Size, torch.dtype, torch.device]] = {}
         self._file: int | None = None
         self._end = 0
-        self._free: list[tuple[int, int]] = []
+        self._free: list[_Place] = []
 
     def put(self, index: int, value: Tensor) -> None:
         """Keep a tensor; replaces the one of that index."""
@@ -59,26 +67,30 @@ class Store:
             self._budget.give_back(self._held.pop(index).nbytes)
         if self._budget.take(nbytes):
             self._held[index] = value
+            self._release(index)
             return
         if self._file is None:
             self._file = self._open()
         known = self._spilled.get(index)
-        same = known is not None and known[1] == value.shape and known[2] == value.dtype
-        offset = known[0] if known is not None and same else self._place(nbytes)
-        self._write(value.detach().cpu().contiguous().view(torch.uint8).flatten(), offset)
-        self._spilled[index] = (offset, value.shape, value.dtype, value.device)
+        if known is None or known[0].size < nbytes:
+            self._release(index)
+            place = self._place(nbytes)
+        else:
+            place = known[0]
+        self._write(value.detach().cpu().contiguous().flatten().view(torch.uint8), place.offset)
+        self._spilled[index] = (place, value.shape, value.dtype, value.device)
 
     def get(self, index: int) -> Tensor:
         """The tensor of that index."""
         if index in self._held:
             return self._held[index]
-        offset, shape, dtype, device = self._spilled[index]
+        place, shape, dtype, device = self._spilled[index]
         assert self._file is not None
         value = torch.empty(shape, dtype=dtype)
-        view = value.view(torch.uint8).flatten().numpy().data
+        view = value.flatten().view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
-            done += os.preadv(self._file, [view[done:]], offset + done)
+            done += os.preadv(self._file, [view[done:]], place.offset + done)
         return value.to(device)
 
     def pop(self, index: int) -> Tensor:
@@ -87,8 +99,7 @@ class Store:
         if index in self._held:
             self._budget.give_back(self._held.pop(index).nbytes)
         else:
-            offset = self._spilled.pop(index)[0]
-            self._free.append((offset, value.nbytes))
+            self._release(index)
         return value
 
     def close(self) -> None:
@@ -106,14 +117,21 @@ class Store:
         """Size of the file."""
         return self._end
 
-    def _place(self, nbytes: int) -> int:
-        """Offset of a free place of that size: one given back, or the end of the file."""
-        for position, (offset, free) in enumerate(self._free):
-            if free >= nbytes:
-                del self._free[position]
-                return offset
+    def _place(self, nbytes: int) -> "_Place":
+        """A free place of at least that size: the smallest one given back, or the end of the file."""
+        fitting = [place for place in self._free if place.size >= nbytes]
+        if fitting:
+            best = min(fitting, key=lambda place: place.size)
+            self._free.remove(best)
+            return best
         self._end += nbytes
-        return self._end - nbytes
+        return _Place(self._end - nbytes, nbytes)
+
+    def _release(self, index: int) -> None:
+        """Give a spilled tensor's place back, if it has one."""
+        known = self._spilled.pop(index, None)
+        if known is not None:
+            self._free.append(known[0])
 
     def _open(self) -> int:
         # unlinked at once: nothing is left behind, however the process ends

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.core.contracts import QuantizedWeight
+from mezzotint.errors import RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source, open_model
 from mezzotint.pipeline.calibrate import calibration_windows
@@ -59,11 +60,14 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
     folder = OutputFolder(out)
     try:
         report = _work(source, planned, folder, tell, started=started, cpu_started=cpu_started)
-        folder.finish()
     except BaseException:
         # nothing that is left could be continued, and it must not look like a model
         shutil.rmtree(folder.partial, ignore_errors=True)
         raise
+    try:
+        folder.finish()
+    except OSError as error:  # the result is complete, and stays where the message says
+        raise WriteError(str(error)) from error
     return {"out": str(out), **report}
 
 
@@ -73,13 +77,21 @@ def _work(
     """Fill the unfinished folder; gives the report."""
     marks = [started, time.perf_counter()]
     output = Output(source, planned, folder.partial)
-    streams = _streams(source, planned, folder.partial, tell)
-    marks.append(time.perf_counter())
-    records = _sweep(source, planned, streams, output, tell)
-    output.copy_rest()
-    output.close()
-    write_json(folder.partial / "config.json", _config(source, planned))
-    copy_companions(source.folder, folder.partial, trusted=planned.request.trust_remote_code)
+    try:
+        streams = _streams(source, planned, folder.partial, tell)
+        marks.append(time.perf_counter())
+        records = _sweep(source, planned, streams, output, tell)
+        output.copy_rest()
+        output.close()
+        write_json(folder.partial / "config.json", _config(source, planned))
+        copy_companions(source.folder, folder.partial, trusted=planned.request.trust_remote_code)
+    except OSError as error:
+        if isinstance(error, RunError):
+            raise
+        # the request was right when it was checked: a disk that is full or gone is a failure while running
+        raise WriteError(str(error)) from error
+    finally:
+        output.release()
     marks.append(time.perf_counter())
     stages = ("plan", "calibration", "sweep")
     times = {stage: end - start for stage, start, end in zip(stages, marks, marks[1:], strict=False)}
@@ -129,9 +141,11 @@ def _sweep(
         output.put(matrix, weight)
 
     sweep = Sweep(source, planned.plan.entries, streams, sink=sink, notify=notify, device=planned.request.device)
-    sweep.run()
-    if streams is not None:
-        streams.close()
+    try:
+        sweep.run()
+    finally:
+        if streams is not None:
+            streams.close()
     return records
 
 

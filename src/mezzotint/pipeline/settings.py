@@ -45,6 +45,8 @@ def build(stage: str, settings: Mapping[str, Any], registry: Registry) -> Any:
         ConfigError: unknown kind or setting (with a suggestion), or a value that does not fit.
     """
     values = dict(settings)
+    if "kind" not in values:
+        raise ConfigError(f"stage {stage!r} has no kind. Write {stage}: {{kind: NAME}}; known: {', '.join(registry)}.")
     cls = registry[str(values.pop("kind"))]
     known = fields_of(cls)
     for name in values:

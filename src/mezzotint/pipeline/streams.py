@@ -110,10 +110,18 @@ class Streams:
         self._inputs = Store(budget, folder)
         self._seen: dict[tuple[int, int], dict[int | None, dict[str, int]]] = {}
         self._next_key = 0
-        with surroundings(source, head=False, dtype=dtype, device=device) as bypass:
+        try:
+            self._start(dtype)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, dtype: torch.dtype) -> None:
+        """Embed the tokens of every batch, and keep what blocks are called with."""
+        with surroundings(self._source, head=False, dtype=dtype, device=self._device) as bypass:
             for index, batch in enumerate(self.batches):
-                mask = None if batch.mask is None else batch.mask.to(device)
-                hidden, calls = bypass.record(batch.tokens.to(device), mask)
+                mask = None if batch.mask is None else batch.mask.to(self._device)
+                hidden, calls = bypass.record(batch.tokens.to(self._device), mask)
                 self._calls.append(calls)
                 self._quantized.put(index, hidden)
                 if index in self._carried:
@@ -181,8 +189,8 @@ class Streams:
             count += reference[real].numel()
         return error / count, signal / count
 
-    def head_statistics(self) -> tuple[Statistics, Statistics]:
-        """Statistics of the head's input, the final norm's output on the quantized stream."""
+    def head_statistics(self, needs: frozenset[str]) -> tuple[Statistics, Statistics]:
+        """Statistics of the head's input, the final norm's output; its output is added to no stream."""
         norm = self._source.map.final_norm
         path = "" if norm is None else norm.parameter.rpartition(".")[0]
         module = self._source.skeleton.get_submodule(path) if norm is not None else nn.Identity()
@@ -192,10 +200,13 @@ class Streams:
         for index, batch in enumerate(self.batches):
             with torch.no_grad():
                 hidden = module(self._quantized.get(index)).flatten(0, -2)
+                original = module(self._original.get(index)).flatten(0, -2) if "drift" in needs else None
             weights = None if batch.mask is None else batch.mask.flatten().to(hidden)
             if batch.held_out not in sums:
-                sums[batch.held_out] = Accumulator(hidden.shape[1], frozenset({"gram"}), device=self._device)
-            sums[batch.held_out].add(hidden, weights=weights)
+                sums[batch.held_out] = Accumulator(hidden.shape[1], needs - {"residual"}, device=self._device)
+            sums[batch.held_out].add(hidden, original=original, weights=weights)
+        if norm is not None:
+            dematerialize(module)
         return sums[False].finish(), sums[True].finish()
 
     def close(self) -> None:

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mezzotint.core.contracts import Block, InputGroup, Matrix, QuantizedWeight
+from mezzotint.core.contracts import Block, InputGroup, Matrix, QuantizedWeight, Refinement, Rounded
 from mezzotint.core.files import Entry
 from mezzotint.core.metrics import h_error
 from mezzotint.core.statistics import Accumulator, Statistics
@@ -16,6 +16,7 @@ from mezzotint.errors import MezzotintError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, aligned, stops, token_weights
 from mezzotint.pipeline.streams import Streams
+from mezzotint.targets.qep import quadratic_of
 
 Sink = Callable[[Matrix, QuantizedWeight], None]
 
@@ -27,7 +28,7 @@ class MatrixRecord:
     Attributes:
         bits_per_weight: side data included.
         weight_error: ``||V - W||^2 / ||W||^2``.
-        h_error: the same in the norm of the inputs it was fitted on; None without statistics.
+        h_error: the same in the norm of the inputs it was fitted on; None where there were none.
         h_error_held_out: the same on the held-out windows.
         tokens: that its statistics saw.
     """
@@ -113,7 +114,8 @@ class Sweep:
             )
         head = self._source.map.head
         if head in self._entries:
-            statistics = self._streams.head_statistics() if self._streams and self._head_needs else (None, None)
+            needs = self._entries[head].needs
+            statistics = self._streams.head_statistics(needs) if self._streams and self._head_needs else (None, None)
             self._from_checkpoint(head, *statistics)
 
     def _needs(self, block: Block) -> bool:
@@ -208,11 +210,15 @@ class Sweep:
         used = fit
         if fit is not None and fit.tokens < least_tokens(matrix):
             used = Statistics.isotropic(matrix.shape[1], fit.gram)
+            if fit.drift is not None:  # and no drift is known either
+                used = replace(used, drift=torch.zeros_like(fit.drift))
             decisions["statistics"] = f"isotropic: only {fit.tokens:.0f} tokens, at least {least_tokens(matrix)} needed"
         try:
             aim = entry.target.aim(weight, used, held_out)
             importance = None if used is None else used.importance
             rounded = entry.rounding.round(aim, entry.grid.fit(aim.matrix, importance), used)
+            if entry.refinement is not None and used is not None:
+                rounded, decisions["refinement"] = refined(entry.refinement, rounded, weight, used, held_out)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -225,14 +231,32 @@ class Sweep:
                 name=matrix.name,
                 bits_per_weight=result.bits().total / weight.numel(),
                 weight_error=float((value - original).square().sum() / original.square().sum().clamp_min(1e-30)),
-                h_error=None if fit is None else h_error(original, value, fit.gram),
-                h_error_held_out=None if held_out is None else h_error(original, value, held_out.gram),
+                h_error=_measured(original, value, fit),
+                h_error_held_out=_measured(original, value, held_out),
                 tokens=0.0 if fit is None else fit.tokens,
                 seconds=time.perf_counter() - started,
                 decisions={**decisions, **aim.decisions},
             )
         )
         return value
+
+
+def refined(
+    refinement: Refinement, rounded: Rounded, weight: Tensor, fit: Statistics, held_out: Statistics | None
+) -> tuple[Rounded, str]:
+    """The refined result if it is better on the held-out windows, else the one it started from, and which it is."""
+    original = weight.to(rounded.value.dtype)
+    better = refinement.refine(rounded, quadratic_of(original, fit))
+    if held_out is None or held_out.tokens == 0:
+        return rounded, "refused: nothing is held out to judge it on"
+    judge = quadratic_of(original, held_out)
+    before, after = float(judge.value(rounded.value).sum()), float(judge.value(better.value).sum())
+    return (better, "accepted") if after < before else (rounded, "refused: worse on the held-out windows")
+
+
+def _measured(weight: Tensor, value: Tensor, statistics: Statistics | None) -> float | None:
+    """``h_error`` where there were inputs to measure it on."""
+    return h_error(weight, value, statistics.gram) if statistics is not None and statistics.tokens > 0 else None
 
 
 def least_tokens(matrix: Matrix) -> int:

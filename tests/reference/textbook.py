@@ -1,0 +1,121 @@
+"""Float64 twin of a whole run: sequential GPTQ of a Llama, as the papers tell it. Torch runs the model, nothing of ours.
+
+Slow on purpose: whenever inputs are needed, the whole model runs again from the tokens on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# linears that share an input, in the order in which they are quantized (true-sequential)
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values of one matrix's grid: ``scale[row, group] * (code - zero_point[row, group])`` for codes of so many bits."""
+
+    scale: np.ndarray
+    zero_point: np.ndarray
+    group_size: int
+    bits: int
+
+    def nearest(self, values, column):
+        """The value nearest to each row's, in a column of the matrix."""
+        scale, zero_point = self.scale[:, column // self.group_size], self.zero_point[:, column // self.group_size]
+        code = np.clip(np.rint(values / scale) + zero_point, 0, 2**self.bits - 1)
+        return scale * (code - zero_point)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of one matrix; ``h_error`` is ``tr(E G E') / tr(W G W')`` on the inputs that it was fitted on."""
+
+    weight: np.ndarray
+    h_error: float
+
+
+def quantize(model, tokens, grids, *, damping=0.01):
+    """Quantizes a Llama of transformers in place, block by block and group by group.
+
+    Args:
+        model: in float64.
+        tokens: ``[windows, seqlen]`` to calibrate on.
+        grids: `Grid` of every matrix that is quantized, by name.
+        damping: ridge on the Hessian over its mean diagonal.
+
+    Returns:
+        `Quantized` by name.
+    """
+    done = {}
+    for block in range(len(model.model.layers)):
+        for group in GROUPS:
+            names = [f"model.layers.{block}.{member}" for member in group]
+            # the inputs come from a model in which everything before this group is quantized already
+            gram = gram_of_inputs(model, model.get_submodule(names[0]), tokens)
+            for name in names:
+                parameter = model.get_submodule(name).weight
+                weight = parameter.detach().numpy().copy()
+                value = gptq(weight, gram, grids[name], damping)
+                error = value - weight
+                h_error = np.trace(error @ gram @ error.T) / np.trace(weight @ gram @ weight.T)
+                done[name] = Quantized(weight=value, h_error=float(h_error))
+                with torch.no_grad():
+                    parameter.copy_(torch.from_numpy(value))
+    return done
+
+
+def gptq(weight, gram, grid, damping):
+    """Optimal brain quantization in the order of decreasing ``diag(H)``, with an explicit inverse that shrinks.
+
+    For the next column t and the columns F behind it, with ``V`` the inverse of the Hessian of t and F:
+
+        w_F -= (w_t - q_t) V_tF / V_tt;    V <- V - V_Ft V_tF / V_tt
+    """
+    n = len(gram)
+    order = np.argsort(-np.diag(gram), kind="stable")
+    hessian = gram + damping * np.trace(gram) / n * np.eye(n)
+    inverse = np.linalg.inv(hessian[np.ix_(order, order)])
+    work, value = weight[:, order], np.zeros_like(weight)
+    for t in range(n):
+        value[:, order[t]] = grid.nearest(work[:, t], order[t])
+        row = inverse[t, t + 1 :] / inverse[t, t]
+        work[:, t + 1 :] -= np.outer(work[:, t] - value[:, order[t]], row)
+        inverse[t + 1 :, t + 1 :] -= np.outer(inverse[t + 1 :, t], row)
+    return value
+
+
+def gram_of_inputs(model, linear, tokens):
+    """``sum x x'`` over everything that goes into a linear when the model reads these tokens."""
+    total = np.zeros((linear.in_features, linear.in_features))
+
+    def add(_, args):
+        x = args[0].flatten(0, -2).numpy()
+        total.__iadd__(x.T @ x)
+
+    handle = linear.register_forward_pre_hook(add)
+    for window in tokens:
+        logits_of(model, window)
+    handle.remove()
+    return total
+
+
+def logits_of(model, window):
+    """``[seqlen, vocab]``."""
+    with torch.no_grad():
+        return model(input_ids=window[None], use_cache=False).logits[0]
+
+
+def kl_nats(original, model, tokens):
+    """Mean of ``sum p (log p - log q)`` over all predictions of a next token that is in its window."""
+    found = []
+    for window in tokens:
+        log_p, log_q = (logits_of(each, window)[:-1].log_softmax(dim=-1) for each in (original, model))
+        found.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    return float(torch.cat(found).mean())
