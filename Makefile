@@ -56,8 +56,10 @@ check: venv
 	$(BIN)/python -m pytest -q -n $(JOBS)
 	$(BIN)/python -m pytest -q -n $(JOBS) --doctest-modules src/mezzotint
 
+# A short version of the quality suite: SmolLM2 as `make demo` leaves it, and texts that you name.
 bench: venv
-	$(BIN)/python -m benchmarks
+	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with calibration/wikipedia.txt and wikitext2/wiki.test.raw" >&2; exit 2; }
+	$(BIN)/python -m benchmarks quality --model $(or $(MODEL),demo/smollm2) --data $(DATA)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

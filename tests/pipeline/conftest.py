@@ -2,8 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from mezzotint.testing.models import make_tiny_model
+from pipeline.runs import tiny
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +12,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = make_tiny_model(name, tmp_path_factory.mktemp(name))
+            made[name] = tiny(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return folder

@@ -1,7 +1,9 @@
 """Quantizing tiny models in tests: requests, results, and tensors of a folder."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from weakref import WeakKeyDictionary
 
 import greenlet
@@ -16,7 +18,7 @@ from mezzotint.models.skeleton import quiet
 from mezzotint.pipeline.calibrate import calibration_windows
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.request import Request
-from mezzotint.testing.models import make_tiny_model
+from mezzotint.testing import models
 
 DATA = Path(__file__).parents[1] / "data"
 TINY_LLAMA = DATA / "tiny_llama"
@@ -45,7 +47,11 @@ jaxtyping._storage._shape_storage = _PerGreenlet()
 
 def tiny(name: str, folder: Path, **options: Any) -> Path:
     """The trained Llama by its name, or a random model made in the folder."""
-    return TINY_LLAMA if name == "tiny_llama" else make_tiny_model(name, folder / name, **options)
+    if name == "tiny_llama":
+        return TINY_LLAMA
+    # a few ids are left for what transformers adds to the tokenizers of some architectures (Qwen2)
+    with mock.patch.object(models, "VOCABULARY", models.VOCABULARY - 4):
+        return models.make_tiny_model(name, folder / name, **options)
 
 
 def request_of(model: Path, recipe: Any = "gptq", **options: Any) -> Request:
@@ -54,7 +60,13 @@ def request_of(model: Path, recipe: Any = "gptq", **options: Any) -> Request:
 
 
 def plan_of(model: Path, recipe: Any = "gptq", **options: Any) -> Planned:
-    return make_plan(open_model(model), request_of(model, recipe, **options))
+    return make_plan(opened(model), request_of(model, recipe, **options))
+
+
+@cache
+def opened(folder: Path) -> Source:
+    """A model opened once, for what fills no skeleton."""
+    return open_model(folder)
 
 
 def quantized(model: Path, out: Path, recipe: Any = "gptq", **options: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.runs import TEXT, TINY_LLAMA, assert_same_tensors, quantized, request_of, stock, windows_of
+from pipeline.runs import TEXT, TINY_LLAMA, assert_same_tensors, quantized, request_of, stock, tiny, windows_of
 from pipeline.twins import assert_sum, quantized_twin, routes, run
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from mezzotint.models import Source, open_model
 from mezzotint.pipeline import streams
 from mezzotint.pipeline.recipe import Recipe, Rule
 from mezzotint.pipeline.sweep import Sweep, least_tokens
-from mezzotint.testing.models import make_tiny_model
 
 Found = dict[str, tuple[Statistics, Statistics]]
 
@@ -143,7 +142,7 @@ def check_experts(source: Source, found: Found, before: Any, after: Any, model: 
 
 
 def test_each_expert_has_its_own_sums(collected: Found, tmp_path: Path) -> None:
-    model = make_tiny_model("mixtral", tmp_path / "model", dtype=torch.float32)
+    model = tiny("mixtral", tmp_path, dtype=torch.float32)
     options: dict[str, Any] = {"bits": 3, "settings": {"target.kind": "qep"}, "samples": 16}
     quantized(model, tmp_path / "out", **options)
     source = open_model(model)
@@ -157,7 +156,7 @@ def test_each_expert_has_its_own_sums(collected: Found, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["weight", "qep", "loaq"])
 def test_too_few_tokens_fall_back_to_nothing_known(target: str, collected: Found, tmp_path: Path) -> None:
-    model = make_tiny_model("qwen3_moe", tmp_path / "model")
+    model = tiny("qwen3_moe", tmp_path)
     report = quantized(model, tmp_path / "out", samples=8, seqlen=16, settings={"target.kind": target})
     source = open_model(model)
     few = {name for name, (fit, _) in collected.items() if fit.tokens < least_tokens(source.map.matrices[name])}
@@ -175,7 +174,7 @@ def test_too_few_tokens_fall_back_to_nothing_known(target: str, collected: Found
 
 
 def test_nothing_measured_is_not_reported_as_no_error(collected: Found, tmp_path: Path) -> None:
-    model = make_tiny_model("qwen3_moe", tmp_path / "model")
+    model = tiny("qwen3_moe", tmp_path)
     report = quantized(model, tmp_path / "out", samples=2, seqlen=8)
     unseen = 0
     for linear in report["linears"]:

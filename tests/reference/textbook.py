@@ -41,7 +41,7 @@ class Quantized:
     h_error: float
 
 
-def quantize(model, tokens, grids, *, damping=0.01):
+def quantize(model, tokens, grids, *, damping=0.01, follow=None):
     """Quantizes a Llama of transformers in place, block by block and group by group.
 
     Args:
@@ -49,6 +49,7 @@ def quantize(model, tokens, grids, *, damping=0.01):
         tokens: ``[windows, seqlen]`` to calibrate on.
         grids: `Grid` of every matrix that is quantized, by name.
         damping: ridge on the Hessian over its mean diagonal.
+        follow: matrices by name that later groups see in the place of the results.
 
     Returns:
         `Quantized` by name.
@@ -60,15 +61,19 @@ def quantize(model, tokens, grids, *, damping=0.01):
             # the inputs come from a model in which everything before this group is quantized already
             gram = gram_of_inputs(model, model.get_submodule(names[0]), tokens)
             for name in names:
-                parameter = model.get_submodule(name).weight
-                weight = parameter.detach().numpy().copy()
+                weight = model.get_submodule(name).weight.detach().numpy().copy()
                 value = gptq(weight, gram, grids[name], damping)
                 error = value - weight
                 h_error = np.trace(error @ gram @ error.T) / np.trace(weight @ gram @ weight.T)
                 done[name] = Quantized(weight=value, h_error=float(h_error))
-                with torch.no_grad():
-                    parameter.copy_(torch.from_numpy(value))
+                put(model, name, value if follow is None else follow[name])
     return done
+
+
+def put(model, name, value):
+    """A matrix in the place of a linear's."""
+    with torch.no_grad():
+        model.get_submodule(name).weight.copy_(torch.from_numpy(value))
 
 
 def gptq(weight, gram, grid, damping):
@@ -100,22 +105,22 @@ def gram_of_inputs(model, linear, tokens):
         total.__iadd__(x.T @ x)
 
     handle = linear.register_forward_pre_hook(add)
-    for window in tokens:
-        logits_of(model, window)
+    for windows in tokens.split(8):
+        logits_of(model, windows)
     handle.remove()
     return total
 
 
-def logits_of(model, window):
-    """``[seqlen, vocab]``."""
+def logits_of(model, windows):
+    """``[windows, seqlen, vocab]``."""
     with torch.no_grad():
-        return model(input_ids=window[None], use_cache=False).logits[0]
+        return model(input_ids=windows, use_cache=False).logits
 
 
 def kl_nats(original, model, tokens):
     """Mean of ``sum p (log p - log q)`` over all predictions of a next token that is in its window."""
     found = []
-    for window in tokens:
-        log_p, log_q = (logits_of(each, window)[:-1].log_softmax(dim=-1) for each in (original, model))
-        found.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    for windows in tokens.split(8):
+        log_p, log_q = (logits_of(each, windows)[:, :-1].log_softmax(dim=-1) for each in (original, model))
+        found.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).flatten())
     return float(torch.cat(found).mean())

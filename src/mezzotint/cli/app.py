@@ -107,7 +107,9 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         try:
             settings[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {pair!r}: the value is no YAML scalar; write for example 64, true or null.") from error
+            raise ConfigError(
+                f"--set {pair!r}: the value is no YAML scalar; write for example 64, true or null."
+            ) from error
     return settings
 
 

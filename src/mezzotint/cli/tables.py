@@ -72,7 +72,8 @@ def show_plan(planned: Any, console: Console) -> None:
         table.add_column(column, justify="right" if column == "bits/weight" else "left", overflow="fold")
     for names, entry in _alike(plan.entries):
         rows, columns = planned.shapes[entry.matrix]
-        how = ", ".join(_short(stage) for stage in (entry.target, entry.grid, entry.rounding))
+        stages = (entry.target, entry.grid, entry.rounding, entry.refinement)
+        how = ", ".join(_short(stage) for stage in stages if stage is not None)
         table.add_row(names, how, f"{entry.bits.total / (rows * columns):.3f}", entry.because)
     console.print(table)
     for name, reason in _alike_kept(plan.kept):
@@ -93,7 +94,7 @@ def _alike(entries: Any) -> list[tuple[str, Any]]:
     """Entries that are treated alike, as one line: their names within a block, and how many they are."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for e in entries:
-        groups.setdefault((e.grid, e.rounding, e.target, e.because), []).append(e)
+        groups.setdefault((e.grid, e.rounding, e.target, e.refinement, e.because), []).append(e)
     lines = []
     for members in groups.values():
         parts = dict.fromkeys(re.sub(r"^.*?\.\d+\.|\[\d+\]", "", e.matrix) for e in members)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -43,8 +44,8 @@ class CompressedTensors:
       column's packed along ``out``.
 
     **Dtype of the scales.** Engines keep them in the dtype the model is loaded in, so scales of another dtype than the
-    checkpoint's would be rounded once more, after the codes were chosen. Accepted are the checkpoint's own dtype, and any
-    of float16, bfloat16 and float32 in a float32 checkpoint, which holds all three exactly. Only `specs` and
+    checkpoint's would be rounded once more, after the codes were chosen. Accepted are the checkpoint's own dtype, and
+    any of float16, bfloat16 and float32 in a float32 checkpoint, which holds all three exactly. Only `specs` and
     `tensors` learn the checkpoint's dtype: they raise.
     """
 
@@ -64,7 +65,7 @@ class CompressedTensors:
                 what=f"grid of {matrix.name}",
                 value=entry.grid.kind,
                 limit="compressed-tensors stores uniform grids only",
-                remedy="Use grid uniform, or format dense.",
+                remedy="Use grid.kind=uniform, or --for dense.",
                 nearest=UniformGrid(bits=min(8, max(2, round(entry.grid.bits)))),
             )
         if entry.transform is not None:
@@ -73,7 +74,7 @@ class CompressedTensors:
                 what=f"transform of {matrix.name}",
                 value=type(entry.transform).__name__,
                 limit="engines multiply by the stored matrix as it is",
-                remedy="Use transform none, or format dense.",
+                remedy="Use transform.kind=none, or --for dense.",
                 nearest=entry.grid,
             )
         return _refuses_group(matrix, entry.grid)
@@ -86,14 +87,15 @@ class CompressedTensors:
             classes[matrix.fusion].append(matrix)
         refusals = [_refuses_class(fusion, members, schemes) for fusion, members in classes.items()]
         distinct = list(dict.fromkeys(schemes.values()))
-        if len(distinct) > 1 and not all(scheme.symmetric for scheme in distinct):
+        mixed = len(distinct) > 1 and not all(scheme.symmetric for scheme in distinct)
+        if mixed and plan.engine != "vllm":
             refusals.append(
                 Refusal(
                     rule="mixed-asymmetric",
                     what=f"{len(distinct)} schemes",
                     value="; ".join(map(str, distinct)),
                     limit="transformers loads zero points only where one scheme serves all matrices",
-                    remedy="Use grid.symmetric=true, or one scheme for all matrices, or format dense.",
+                    remedy="Use --set grid.symmetric=true, one scheme for all matrices, --for dense, or --for vllm.",
                 )
             )
         return tuple(refusal for refusal in refusals if refusal is not None)
@@ -129,12 +131,12 @@ class CompressedTensors:
         if not isinstance(fitted, FittedUniform):
             raise FormatError(
                 f"{matrix.name} has a grid of kind {fitted.grid.kind}; compressed-tensors stores uniform grids only. "
-                "Use format dense."
+                "Use --for dense."
             )
         if weight.basis is not None:
             raise FormatError(
-                f"{matrix.name} has codes in the basis {weight.basis.kind}; engines multiply by the stored matrix as it "
-                "is. Use format dense."
+                f"{matrix.name} has codes in the basis {weight.basis.kind}; engines multiply by the stored matrix as "
+                "it is. Use --for dense."
             )
         grid = _resolved(matrix, fitted.grid, dtype)
         _check_scale_dtype(matrix, grid, dtype)
@@ -142,12 +144,12 @@ class CompressedTensors:
         scale = fitted.scale.to(grid.storage_dtype)
         assert torch.equal(scale.to(fitted.scale.dtype), fitted.scale), f"{matrix.name}: scales are not rounded"
         tensors = {
-            prefix + "weight_packed": kernels.pack_bits(weight.code, grid.bits),
-            prefix + "weight_scale": scale.contiguous(),
+            prefix + "weight_packed": kernels.pack_bits(weight.code.cpu().contiguous(), grid.bits),
+            prefix + "weight_scale": scale.cpu().contiguous(),
             prefix + "weight_shape": torch.tensor(matrix.shape, dtype=torch.int64),
         }
         if not grid.symmetric:
-            zero_point = fitted.zero_point.to(torch.uint8).t().contiguous()  # [groups, out]: packed along out
+            zero_point = fitted.zero_point.to(torch.uint8).cpu().t().contiguous()  # [groups, out]
             tensors[prefix + "weight_zero_point"] = kernels.pack_bits(zero_point, grid.bits).t().contiguous()
         return tensors
 
@@ -177,8 +179,8 @@ class CompressedTensors:
         """The ``quantization_config`` of config.json.
 
         One scheme gives one group of target ``Linear`` and the names of what is not quantized; several give explicit
-        targets, as patterns over the blocks where those match the same modules. ``dequantize`` makes transformers decode
-        zero points when it loads: its default route expects them unpacked.
+        targets, as patterns over the blocks where those match the same modules. ``dequantize`` makes transformers
+        decode zero points when it loads: its default route expects them unpacked.
 
         Args:
             plan: passed `refuses_plan`.
@@ -220,7 +222,7 @@ def _refuses_matrix(matrix: Matrix) -> Refusal | None:
             what=matrix.name,
             value="not the weight of an nn.Linear",
             limit="engines read packed weights for nn.Linear only",
-            remedy="Keep it, or use format dense.",
+            remedy="Keep it, or use --for dense.",
         )
     if matrix.tied_to is not None:
         return Refusal(
@@ -248,9 +250,7 @@ def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:
         value=f"{size} does not divide the width {width}",
         limit="engines read whole groups only",
         remedy=f"Sizes that divide it: {shown}; or null for one scale a row.",
-        nearest=UniformGrid(
-            bits=grid.bits, group_size=best, symmetric=grid.symmetric, range=grid.range, scale_dtype=grid.scale_dtype
-        ),
+        nearest=replace(grid, group_size=best),
     )
 
 
@@ -265,7 +265,7 @@ def _refuses_class(fusion: str, members: list[Matrix], schemes: Mapping[str, Sch
         what=f"fused class {fusion}",
         value=value,
         limit="engines store these as one matrix with one scheme",
-        remedy="Give all of them the same bits, group size and symmetry, or keep all of them.",
+        remedy="Let one rule match all of them, or use --for dense.",
     )
 
 

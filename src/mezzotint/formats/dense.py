@@ -14,8 +14,8 @@ from mezzotint.errors import FormatError
 class Dense:
     """The values that the codes stand for, in the checkpoint's dtype and orientation.
 
-    A matrix that is a whole tensor of the checkpoint is stored under that tensor's name. One that is not (an expert of a
-    stacked parameter, a matrix cut from or joined of several tensors) is keyed by its canonical name instead: the
+    A matrix that is a whole tensor of the checkpoint is stored under that tensor's name. One that is not (an expert of
+    a stacked parameter, a matrix cut from or joined of several tensors) is keyed by its canonical name instead: the
     caller assembles parameters from these and restores the checkpoint's own tensors.
     """
 
@@ -39,7 +39,7 @@ class Dense:
     ) -> dict[str, Tensor]:
         """The value ``[out, in]``, or ``[in, out]`` where it is stored so."""
         value = weight.dense(dtype)
-        return {_key(matrix): (value.t() if matrix.transposed else value).contiguous()}
+        return {_key(matrix): (value.t() if matrix.transposed else value).cpu().contiguous()}
 
     def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
         """Not possible.

@@ -41,9 +41,9 @@ class _Shard:
 class ShardWriter:
     """Writes a known list of tensors into the safetensors files of a folder, as they come.
 
-    The files are laid out from the specs alone: space is reserved and headers are written at once, then each tensor goes
-    to its place with one positioned write. Only the tensor in hand is in memory. The same specs and values give the same
-    bytes, whatever the order. Within a shard wide elements come first, so that every tensor is aligned.
+    The files are laid out from the specs alone: space is reserved and headers are written at once, then each tensor
+    goes to its place with one positioned write. Only the tensor in hand is in memory. The same specs and values give
+    the same bytes, whatever the order. Within a shard wide elements come first, so that every tensor is aligned.
 
     The eight bytes that give a header's length are written last: until `close` no reader takes a file for a finished
     one. What `checkpoint` has recorded survives a killed process: ``resume=True`` continues behind it.

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Collection, Iterable
 
-from mezzotint.core.contracts import Matrix, ModelMap
+from mezzotint.core.structure import Matrix, ModelMap
 
+_EXPERTS = ".experts"
 _BLOCK_INDEX = re.compile(r"^(?P<path>.*?)\.\d+\.(?P<rest>.+)$")
 
 
@@ -24,6 +25,8 @@ def modules_of(matrix: Matrix) -> tuple[str, ...]:
     transformers matches the model's names; engines that read the checkpoint themselves match its names. Experts that a
     checkpoint stores one by one are named by their common container, as engines do that fuse them.
     """
+    if matrix.tied_to is not None:
+        return (module_of(matrix.parameter),)  # its tensor in the checkpoint is the other one's
     stored = (_container(module_of(source)) for source in matrix.sources)
     return tuple(dict.fromkeys((module_of(matrix.parameter), *stored)))
 
@@ -41,30 +44,37 @@ def known_modules(model: ModelMap, further: Iterable[str] = ()) -> tuple[str, ..
 
 
 def compact(wanted: Collection[str], known: Collection[str]) -> list[str]:
-    """Targets that match ``wanted`` and nothing else of ``known``, in the grammar of compressed-tensors.
+    r"""Targets that match ``wanted`` and nothing else of ``known``, in the grammar of compressed-tensors.
 
-    A name inside a block becomes ``re:.*\\.REST$``, one pattern for all blocks, if everything in ``known`` that the
-    pattern matches is wanted; otherwise it is written out. Engines match patterns with ``re.match``.
+    A name inside a block becomes ``re:.*\.REST$``, one pattern for all blocks, if everything in ``known`` that the
+    pattern matches is wanted; otherwise it is written out. Engines match patterns with ``re.match``. A container of
+    experts stands for itself and what is in it: engines that fuse experts ask for either.
 
     Example:
         >>> names = [f"layers.{i}.{part}" for i in range(2) for part in ("q", "o")]
         >>> compact(["layers.0.q", "layers.1.q", "layers.0.o"], names)
-        ['re:.*\\\\.q$', 'layers.0.o']
+        ['re:.*\\.q$', 'layers.0.o']
     """
     allowed = set(wanted)
     patterns: dict[str, bool] = {}
     targets: dict[str, None] = {}
     for name in wanted:
         inside = _BLOCK_INDEX.match(name)
-        pattern = "" if inside is None else rf".*\.{re.escape(inside['rest'])}$"
+        tail = r"(\..*)?$" if name.endswith(_EXPERTS) else "$"
+        pattern = "" if inside is None else rf".*\.{re.escape(inside['rest'])}{tail}"
         if pattern not in patterns:
             patterns[pattern] = inside is not None and all(
                 other in allowed for other in known if re.match(pattern, other)
             )
-        targets["re:" + pattern if patterns[pattern] else name] = None
+        if patterns[pattern]:
+            targets["re:" + pattern] = None
+        elif name.endswith(_EXPERTS):
+            targets[f"re:{re.escape(name)}{tail}"] = None
+        else:
+            targets[name] = None
     return list(targets)
 
 
 def _container(module: str) -> str:
-    head, found, _ = module.partition(".experts.")
-    return head + ".experts" if found else module
+    head, found, _ = module.partition(_EXPERTS + ".")
+    return head + _EXPERTS if found else module

@@ -91,7 +91,7 @@ def make_plan(source: Source, request: Request) -> Planned:
         engine=request.engine,
         bytes=layout.nbytes,
         peak_memory_bytes=costs.peak_memory_bytes,
-        fingerprint=_fingerprint(source, request, entries),
+        fingerprint=_fingerprint(source, request, entries, calibration),
     )
     refusals = form.refuses_plan(plan, source.map)
     if refusals:
@@ -215,19 +215,19 @@ def _calibration(source: Source, entries: list[Entry], request: Request) -> Cali
     return CalibrationPlan(source=asked.source, samples=samples, seqlen=seqlen)
 
 
-def _fingerprint(source: Source, request: Request, entries: list[Entry]) -> str:
+def _fingerprint(source: Source, request: Request, entries: list[Entry], calibration: CalibrationPlan | None) -> str:
     """Changes when anything that determines the result changes."""
     told = {
         "version": version("mezzotint"),
         "torch": torch.__version__,
-        "config": source.config.to_dict(),
+        "config": {name: value for name, value in source.config.to_dict().items() if name != "_name_or_path"},
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.tensors.items()},
         "entries": [
             [e.matrix, repr(e.target), repr(e.transform), repr(e.grid), repr(e.rounding), repr(e.refinement)]
             for e in entries
         ],
-        "calibration": asdict(request.calibration),
-        "seed": request.seed,
+        "calibration": calibration and {**asdict(request.calibration), **asdict(calibration)},
+        "seed": calibration and request.seed,
         "engine": request.engine,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

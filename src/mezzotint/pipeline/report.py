@@ -34,6 +34,7 @@ def plan_json(planned: Planned) -> dict[str, Any]:
                 "target": stage(e.target),
                 "grid": stage(e.grid),
                 "rounding": stage(e.rounding),
+                "refinement": None if e.refinement is None else stage(e.refinement),
                 "bits_per_weight": e.bits.total / (planned.shapes[e.matrix][0] * planned.shapes[e.matrix][1]),
                 "because": e.because,
             }

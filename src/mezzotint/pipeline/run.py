@@ -11,12 +11,13 @@ from typing import Any
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.errors import RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
-from mezzotint.models import Source, open_model
+from mezzotint.models import Source
 from mezzotint.pipeline.calibrate import calibration_windows
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import BlockRecord, MatrixRecord, Sweep
 
@@ -36,7 +37,7 @@ Listener = Callable[[Progress], None]
 
 def plan(request: Request) -> Planned:
     """What would be done; reads headers, no weights."""
-    return make_plan(open_model(request.model, trust_remote_code=request.trust_remote_code), request)
+    return make_plan(open_original(request.model, trust_remote_code=request.trust_remote_code), request)
 
 
 def quantize(request: Request, out: Path, listener: Listener | None = None) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
     """
     tell = listener or (lambda _: None)
     started, cpu_started = time.perf_counter(), cpu_seconds()
-    source = open_model(request.model, trust_remote_code=request.trust_remote_code)
+    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
     planned = make_plan(source, request)
     check_space(out, planned.plan.bytes)
     folder = OutputFolder(out)

@@ -1,22 +1,58 @@
 """Opening a model folder to read it, packed by us or not."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
+from mezzotint.errors import ModelError
 from mezzotint.formats.decoded import packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
 
+# what a model needs; pickles and other frameworks' weights stay on the hub
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
-def open_source(folder: Path, *, trust_remote_code: bool = False) -> Source:
-    """A folder as a source of dense parameters; packed weights are decoded when they are read.
+
+def local_folder(model: Path, *, trust_remote_code: bool = False) -> Path:
+    """The folder of a model: itself, or the local copy of what a hub name ``OWNER/NAME`` stands for.
 
     Raises:
-        ModelError: the folder cannot be used.
+        ModelError: it is no folder, and the hub cannot give it.
     """
+    name = model.as_posix()
+    if model.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return model
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_WANTED, *(["*.py"] if trust_remote_code else [])]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model {name!r} is no folder, and the hub does not give a model of that name ({reason}). Give the folder "
+            "that holds config.json and model.safetensors, or go online."
+        ) from error
+
+
+def open_source(model: Path, *, trust_remote_code: bool = False) -> Source:
+    """A model as a source of dense parameters; packed weights are decoded when they are read.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    folder = local_folder(model, trust_remote_code=trust_remote_code)
     return open_model(folder, trust_remote_code=trust_remote_code, decode=decoded)
+
+
+def open_original(model: Path, *, trust_remote_code: bool = False) -> Source:
+    """A model to quantize; one whose weights are packed already is refused.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    return open_model(local_folder(model, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
 
 
 def decoded(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
