@@ -1,6 +1,6 @@
 """A whole run against a whole textbook: sequential GPTQ of a Llama in float64 with the same grids."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline.runs import HELD_OUT, TINY_LLAMA, quantized, request_of, stock, windows_of
-from reference import textbook
 
 import mezzotint
 from mezzotint.calibration import consecutive_windows, load_tokenizer
@@ -19,6 +17,8 @@ from mezzotint.models import open_model
 from mezzotint.pipeline import run, sweep
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.streams import Streams
+from pipeline.runs import HELD_OUT, TINY_LLAMA, quantized, request_of, stock, windows_of
+from reference import textbook
 
 SIZES: dict[str, Any] = {"bits": 3, "samples": 16, "seqlen": 64}
 WINDOWS, SEQLEN = 16, 64
@@ -26,7 +26,7 @@ Kept = Mapping[str, QuantizedWeight]
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
+def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
     """Codes and grid of every matrix that a run writes."""
     found: dict[str, QuantizedWeight] = {}
     put = Output.put
@@ -36,7 +36,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
         put(self, matrix, weight)
 
     monkeypatch.setattr(Output, "put", spy)
-    yield found
+    return found
 
 
 def values_of(kept: Kept) -> dict[str, np.ndarray]:

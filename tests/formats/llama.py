@@ -1,4 +1,4 @@
-"""A tiny random Llama, its map by hand, and its folder in a format: nothing here goes through the models or the pipeline."""
+"""A tiny random Llama, its map by hand, and its folder in a format: without our models and pipeline."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.core.files import Entry, Format, Plan, TensorSpec
@@ -35,9 +35,7 @@ Choice = Callable[[Matrix], UniformGrid | None]
 
 def make_llama(config: LlamaConfig = CONFIG, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    model.config.dtype = dtype
-    return model.to(dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def block_of(name: str) -> int | None:
@@ -93,6 +91,7 @@ def entry_of(grid: UniformGrid, matrix: Matrix) -> Entry:
         grid=grid,
         rounding=Nearest(),
         bits=grid.stored_bits(matrix.shape),
+        refinement=None,
         because="test",
     )
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats.llama import fill, make_llama, write_folder
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from formats.llama import fill, make_llama, write_folder
 from mezzotint.core.structure import Matrix
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.dense import Dense
@@ -23,14 +23,15 @@ def stock(folder: Path) -> LlamaForCausalLM:
 
 
 def assert_same(folder: Path, twin: LlamaForCausalLM) -> None:
-    """The same values and logits, bit for bit: both multiply the same dense weights, in the same order, on one thread."""
+    """The same values and logits, bit for bit: both multiply the same dense weights, on one thread."""
     model = stock(folder)
     with torch.no_grad():
         logits = model(TOKENS).logits  # the first forward decompresses
-        torch.testing.assert_close(logits, twin(TOKENS).logits, rtol=0, atol=0)
     state = model.state_dict()
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, twin(TOKENS).logits, rtol=0, atol=0)
 
 
 def in_blocks(grid: UniformGrid):
@@ -39,8 +40,7 @@ def in_blocks(grid: UniformGrid):
 
 @pytest.mark.parametrize(
     ("bits", "symmetric", "group_size"),
-    # per channel has another route for odd bit widths only; the combinations are in the round trips
-    [(b, s, g) for b, s, g in itertools.product(range(2, 9), (True, False), (32, 64, None)) if g != 64 or b in (3, 4)],
+    list(itertools.product(range(2, 9), (True, False), (32, 64, None))),
 )
 def test_one_scheme(bits: int, symmetric: bool, group_size: int | None, tmp_path: Path):
     grid = UniformGrid(bits=bits, group_size=group_size, symmetric=symmetric, range="minmax")

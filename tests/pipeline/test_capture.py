@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.runs import TINY_LLAMA, assert_same_bits, quantized, stock
 from torch import Tensor, nn
 
 from mezzotint.core.contracts import Block
 from mezzotint.errors import ModelError
 from mezzotint.models import Source, dematerialize, materialize, open_model
-from mezzotint.pipeline import run, streams
+from mezzotint.pipeline import streams
 from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs, aligned, stops, token_weights
 from mezzotint.pipeline.streams import surroundings
+from mezzotint.pipeline.sweep import Sweep
+from pipeline.runs import TINY_LLAMA, assert_same_bits, quantized, stock
 
 Folder = Callable[[str], Path]
 DENSE_BLOCKS = [
@@ -190,13 +191,15 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, int] = {}
-        monkeypatch.setattr(run, "open_model", self._open)
+        start = Sweep.run
 
-    def _open(self, *args: Any, **kwargs: Any) -> Source:
-        source = open_model(*args, **kwargs)
-        for block in source.map.blocks:
-            source.skeleton.get_submodule(block.path).register_forward_pre_hook(self._count(block.path))
-        return source
+        def watched_run(sweep: Sweep) -> None:
+            source = sweep._source
+            for block in source.map.blocks:
+                source.skeleton.get_submodule(block.path).register_forward_pre_hook(self._count(block.path))
+            start(sweep)
+
+        monkeypatch.setattr(Sweep, "run", watched_run)
 
     def _count(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:

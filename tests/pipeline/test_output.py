@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.runs import TINY_LLAMA, assert_same_bits, opened, plan_of, quantized, tensors_of, tiny
 
 from mezzotint import Recipe
 from mezzotint.errors import OutputError
@@ -15,6 +14,7 @@ from mezzotint.pipeline.layout import users_of_sources, written_alone
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.recipe import Rule
 from mezzotint.testing.models import TINY
+from pipeline.runs import TINY_LLAMA, assert_same_bits, opened, plan_of, quantized, tensors_of, tiny
 
 Folder = Callable[[str], Path]
 
@@ -62,7 +62,7 @@ def test_kept_experts_stay_as_they_are(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     kept = [
         m for m in matrices
-        if m.expert is not None and (m.name.endswith("[2]") and ".0." in m.name or ".1.mlp.experts.gate_up" in m.name)
+        if m.expert is not None and ((m.name.endswith("[2]") and ".0." in m.name) or ".1.mlp.experts.gate_up" in m.name)
     ]  # fmt: skip
     assert len(kept) == 2 + 4
     same = {source for matrix in kept for source in matrix.sources}

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.runs import TINY_LLAMA, opened, plan_of, quantized, tensors_of
 from safetensors.torch import save_file
 
 from mezzotint import Recipe
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.pipeline.recipe import Rule
 from mezzotint.testing.models import TINY
+from pipeline.runs import TINY_LLAMA, opened, plan_of, quantized, tensors_of
 
 Folder = Callable[[str], Path]
 EVERYTHING = Recipe(rules=(Rule(match="*", keep=False),))
@@ -81,7 +81,9 @@ def test_auto_group_size_looks_at_what_is_quantized_only(tiny_folder: Folder) ->
 
 def test_packed_formats_refuse_ragged_groups(tiny_folder: Folder) -> None:
     settings = {"grid.group_size": 64}
-    with pytest.raises(FormatError, match=r"grid.group_size of .*0.mlp.down_proj: 64 does not divide the width 96.* 32"):
+    with pytest.raises(
+        FormatError, match=r"grid.group_size of .*0.mlp.down_proj: 64 does not divide the width 96.* 32"
+    ):
         plan_of(tiny_folder("llama"), settings=settings)
     ragged = plan_of(tiny_folder("llama"), settings=settings, engine="dense")
     bits = next(e.bits for e in ragged.plan.entries if e.matrix.endswith("down_proj"))

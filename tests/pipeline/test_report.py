@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.runs import TINY_LLAMA, opened, quantized, request_of, stock, windows_of
-from pipeline.twins import quantized_twin, run
 
 from mezzotint.errors import ModelError
 from mezzotint.pipeline.report import read_report
+from pipeline.runs import TINY_LLAMA, opened, quantized, request_of, stock, windows_of
+from pipeline.twins import quantized_twin, run
 
 PROMISED = {
     "out", "bits_per_weight", "bits_per_weight_without_side_data", "seconds", "cpu_seconds", "peak_rss_bytes",
@@ -92,7 +92,9 @@ def test_without_statistics(tmp_path: Path) -> None:
     for linear in report["linears"]:
         assert (linear["h_error"], linear["h_error_held_out"], linear["tokens"]) == (None, None, 0)
         assert linear["weight_error"] > 0
-    assert [(b["index"], b["error"], b["relative_error"]) for b in report["blocks"]] == [(i, None, None) for i in (0, 1, 2)]
+    assert [(b["index"], b["error"], b["relative_error"]) for b in report["blocks"]] == [
+        (i, None, None) for i in (0, 1, 2)
+    ]
 
 
 def test_the_seed_repeats_and_matters(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.runs import TEXT, TINY_LLAMA, assert_same_tensors, quantized, request_of, stock, tiny, windows_of
-from pipeline.twins import assert_sum, quantized_twin, routes, run
 from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
@@ -15,12 +13,14 @@ from mezzotint.models import Source, open_model
 from mezzotint.pipeline import streams
 from mezzotint.pipeline.recipe import Recipe, Rule
 from mezzotint.pipeline.sweep import Sweep, least_tokens
+from pipeline.runs import TEXT, TINY_LLAMA, assert_same_tensors, quantized, request_of, stock, tiny, windows_of
+from pipeline.twins import assert_sum, quantized_twin, routes, run
 
 Found = dict[str, tuple[Statistics, Statistics]]
 
 
 @pytest.fixture
-def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[Found]:
+def collected(monkeypatch: pytest.MonkeyPatch) -> Found:
     """Statistics of every matrix that the sweep quantizes: over the fit windows and over those held out."""
     found: Found = {}
     quantize = Sweep._quantize
@@ -30,7 +30,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[Found]:
         return quantize(self, matrix, weight, fit, held_out)
 
     monkeypatch.setattr(Sweep, "_quantize", spy)
-    yield found
+    return found
 
 
 def check_llama(

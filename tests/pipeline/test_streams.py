@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline.runs import TINY_LLAMA, assert_same_bits, stock
 
 from mezzotint.calibration import Windows
 from mezzotint.errors import NonFiniteError
 from mezzotint.models import open_model
 from mezzotint.pipeline.streams import BATCH_TOKENS, Streams, batches_of, surroundings
+from pipeline.runs import TINY_LLAMA, assert_same_bits, stock
 
 
 def windows(count: int, seqlen: int, *, padded: bool = False) -> Windows:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline.runs import stock
 from torch import Tensor
 
 from mezzotint.models import Source
 from mezzotint.pipeline.source import open_source
+from pipeline.runs import stock
 
 Seen = Mapping[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""Float64 twin of a whole run: sequential GPTQ of a Llama, as the papers tell it. Torch runs the model, nothing of ours.
+"""Float64 twin of a whole run: sequential GPTQ of a Llama as the papers tell it. Transformers runs it, nothing of ours.
 
 Slow on purpose: whenever inputs are needed, the whole model runs again from the tokens on.
 """
@@ -19,7 +19,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Grid:
-    """Values of one matrix's grid: ``scale[row, group] * (code - zero_point[row, group])`` for codes of so many bits."""
+    """Grid of one matrix: ``scale[row, group] * (code - zero_point[row, group])`` for codes of so many bits."""
 
     scale: np.ndarray
     zero_point: np.ndarray

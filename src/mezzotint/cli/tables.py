@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int | float) -> str:
     """Bytes for people: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:

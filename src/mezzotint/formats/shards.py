@@ -102,7 +102,7 @@ class ShardWriter:
         try:
             for shard in self._shards:
                 self._open(shard)
-        except OutputError:
+        except OSError:
             self.release()
             raise
 
@@ -294,9 +294,11 @@ def _starts_with(shard: _Shard, expected: bytes, *, skip: int = 0) -> bool:
 
 
 def _read_journal(path: Path) -> set[str]:
-    # The last line of a killed run may be torn; it has no newline then.
-    lines = path.read_bytes().decode().split("\n")[:-1]
-    return {json.loads(line) for line in lines}
+    """The recorded names; a last line that a killed run left torn is cut off."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    os.truncate(path, end)
+    return {json.loads(line) for line in data[:end].splitlines()}
 
 
 def _reserve(file: int, size: int) -> None:

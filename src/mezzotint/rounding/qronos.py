@@ -14,12 +14,15 @@ from mezzotint.errors import ConfigError
 class Qronos:
     """Settings of Qronos (arXiv 2505.11695) in its efficient form.
 
-    With ``C = W (G + lambda I)``, ``G = H + D``: the first column is ``Q((C_1 - w_rest H_rest,1) / H_11)``, then the
-    rest becomes ``(C_rest - q_1 H_1,rest) H_rest^-1``, and from there it is GPTQ with the factor of ``H_rest``. Equal
-    to least squares on the drift followed by GPTQ, but for the choice of the first column (MATH.md section 7).
+    With H damped and ``C = W (H + D)``: the first column is ``Q((C_1 - w_rest H_rest,1) / H_11)``, then the rest
+    becomes ``(C_rest - q_1 H_1,rest) H_rest^-1``, and from there it is GPTQ with the factor of ``H_rest``. Equal to
+    least squares on the drift followed by GPTQ, but for the choice of the first column (MATH.md section 7). C is never
+    formed, since dividing ``W H`` by H again costs digits:
+
+        q_1 = Q(w_1 + (W D)_1 / H_11);    w_rest += ((w_1 - q_1) H_1,rest + (W D)_rest) H_rest^-1
 
     Attributes:
-        damping: ridge added to H and G alike, as a fraction of the mean diagonal of H.
+        damping: ridge added to H, and so to ``G = H + D`` alike, as a fraction of the mean diagonal of H.
         order: in which columns are visited, see `Gptq`.
         block_size: columns per lazy update; never changes the result.
     """
@@ -53,18 +56,17 @@ class Qronos:
         columns = torch.arange(w.shape[1], device=w.device) if factor.permutation is None else factor.permutation
         upper = factor.upper.to(w.dtype)
         first, rest = columns[:1], columns[1:]
-        # gram + drift with the ridge in both; the ridge makes W, not 0, what weak directions fall back to
-        ridge = self.damping * fit.gram.diagonal().mean()
-        cross = w @ (fit.gram + fit.drift).to(w.dtype) + ridge * w
+        pull = w @ fit.drift.to(w.dtype)
         row = fit.gram[first[0]].to(w.dtype)
-        diagonal = row[first] + ridge
+        # the ridge is in H and G alike: it makes W, not 0, what weak directions fall back to
+        diagonal = row[first] + self.damping * fit.gram.diagonal().mean()
         ideal = w[:, first]
-        if float(diagonal) > 0:
-            ideal = (cross[:, first] - (w[:, rest] @ row[rest]).unsqueeze(1)) / diagonal
+        if float(diagonal) > 0:  # else the input was never seen
+            ideal = ideal + pull[:, first] / diagonal
         code = grid.new_code()
         value = grid.encode_(code, ideal, first)
         later = upper[1:, 1:]
-        work = (cross[:, rest] - value * row[rest]) @ later.t() @ later
+        work = w[:, rest] + ((w[:, first] - value) * row[rest] + pull[:, rest]) @ later.t() @ later
         before = torch.empty_like(w)
         before[:, first] = ideal
         for start in range(0, len(rest), self.block_size):

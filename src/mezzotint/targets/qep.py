@@ -48,13 +48,13 @@ class Qep:
         if fit is None or fit.drift is None:
             raise ConfigError("target 'qep' needs calibration statistics of both streams; use target 'weight' instead.")
         drift = fit.drift
-        quadratic = quadratic_of(w, fit)
+        quadratic = quadratic_of(w, fit, residual=False)
         if self.alpha != "auto":
             matrix = w + self.alpha * fit.solve(w @ drift, self.damping) if self.alpha > 0 else w
             return Aim(matrix=matrix, quadratic=quadratic, corrected=self.alpha > 0)
         if held_out is None or held_out.drift is None:
             raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
-        judge = quadratic_of(w, held_out)
+        judge = quadratic_of(w, held_out, residual=False)
         best, chosen, decisions = judge.value(w).sum(), w, {"alpha": 0.0, "damping": 0.0}
         for damping in AUTO_DAMPINGS:
             correction = fit.solve(w @ drift, damping)
@@ -66,9 +66,12 @@ class Qep:
         return Aim(matrix=chosen, quadratic=quadratic, corrected=decisions["alpha"] > 0, decisions=decisions)
 
 
-def quadratic_of(weight: Float[Tensor, "out in"], s: Statistics) -> Quadratic:
-    """``||W X - V Xh||^2`` as a function of V, less the energy of ``W (X - Xh)``, which no V changes."""
+def quadratic_of(weight: Float[Tensor, "out in"], s: Statistics, *, residual: bool = True) -> Quadratic:
+    """``||W X - V Xh||^2`` as a function of V, less the energy of ``W (X - Xh)``, which no V changes.
+
+    With ``residual``, where the statistics have it, the same of ``(R + W X) - (Rh + V Xh)``.
+    """
     cross = weight @ (s.gram if s.drift is None else s.gram + s.drift)
-    if s.residual is not None:
+    if residual and s.residual is not None:
         cross = cross + s.residual
     return Quadratic(gram=s.gram, cross=cross, const=((2 * cross - weight @ s.gram) * weight).sum(-1))

@@ -1,0 +1,151 @@
+"""What each command prints, and where: tables or one JSON object on stdout, everything else on stderr."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mezzotint.cli import tables
+from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
+
+SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
+COMMANDS = ("quantize", "plan", "evaluate", "inspect", "recipes")
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder made by the command itself, in a process of its own."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    command = [sys.executable, "-m", "mezzotint", "quantize", str(TINY_LLAMA), "--out", str(out), *SMALL, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["out"] == str(out)
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    return out
+
+
+def test_a_whole_process(finished: Path) -> None:
+    assert {"config.json", "model.safetensors", "mezzotint.json"} <= {path.name for path in finished.iterdir()}
+    assert not finished.with_name("out.partial").exists()
+
+
+def test_quantize_prints_a_table_without_json(mezzotint: Run, tmp_path: Path) -> None:
+    answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL)
+    assert answer.code == 0
+    for part in ("bits per weight", "4.156", "size of all tensors", "2.2 MiB", "peak memory", "held-out error"):
+        assert part in answer.stdout, answer.stdout
+    assert "written to" in answer.stdout
+
+
+def test_dry_run_writes_nothing(mezzotint: Run, tmp_path: Path) -> None:
+    answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL, "--dry-run")
+    assert answer.code == 0
+    assert "default for tiny_llama" in answer.stdout
+    planned = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL, "--dry-run", "--json")
+    assert planned.last_object["format"] == "compressed-tensors"
+    assert len(planned.stdout.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan(mezzotint: Run) -> None:
+    shown = mezzotint("plan", TINY_LLAMA, *SMALL, "--bits", "3", "--keep", "*.0.mlp.down_proj")
+    assert shown.code == 0
+    for part in ("lm_head", "kept by a rule", "3.148 bits per weight", "windows of 32 tokens", "format", "memory"):
+        assert part in " ".join(shown.stdout.split()), shown.stdout
+    answer = mezzotint("plan", TINY_LLAMA, *SMALL, "--bits", "3", "--json")
+    assert len(answer.stdout.splitlines()) == 1
+    plan = answer.last_object
+    assert plan.keys() >= {"linears", "bytes", "peak_memory_bytes", "kept", "format", "calibration", "fingerprint"}
+    assert len(plan["linears"]) == 21
+    assert {linear["grid"]["bits"] for linear in plan["linears"]} == {3}
+
+
+def test_set_takes_yaml_values(mezzotint: Run) -> None:
+    settings = ("grid.group_size=null", "grid.symmetric=true", "rounding.damping=0.05", "target.kind=qep")
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    linear = mezzotint("plan", TINY_LLAMA, *SMALL, *arguments, "--json").last_object["linears"][0]
+    assert (linear["grid"]["group_size"], linear["grid"]["symmetric"]) == (None, True)
+    assert (linear["rounding"]["damping"], linear["target"]["kind"]) == (0.05, "qep")
+
+
+def test_evaluate(mezzotint: Run, finished: Path) -> None:
+    arguments = ("--text", HELD_OUT, "--seqlen", "64", "--windows", "4", "--device", "cpu")
+    alone = mezzotint("evaluate", TINY_LLAMA, *arguments, "--json").last_object
+    assert (alone["tokens"], alone["windows"], alone["kl_nats"]) == (4 * 63, 4, None)
+    both = mezzotint("evaluate", finished, "--against", TINY_LLAMA, *arguments, "--json").last_object
+    assert both.keys() >= {"perplexity", "kl_nats", "tokens", "reference_perplexity"}
+    assert both["reference_perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    assert 0 < both["kl_nats"] < 0.1
+    shown = mezzotint("evaluate", finished, "--against", TINY_LLAMA, *arguments)
+    assert "kl_nats" in shown.stdout
+    assert f"{both['kl_nats']:.4f}" in shown.stdout
+
+
+def test_inspect(mezzotint: Run, finished: Path) -> None:
+    shown = mezzotint("inspect", finished)
+    assert shown.code == 0
+    assert "recipe default" in shown.stdout
+    assert "4.156 bits per weight" in shown.stdout
+    report = mezzotint("inspect", finished, "--json").last_object
+    assert report == json.loads((finished / "mezzotint.json").read_text(encoding="utf-8"))
+
+
+def test_recipes(mezzotint: Run) -> None:
+    shown = mezzotint("recipes")
+    assert shown.code == 0
+    assert {"default", "rtn", "gptq"} <= set(shown.stdout.replace("│", " ").split())
+    assert mezzotint("recipes", "--json").last_object["recipes"]["gptq"]["paper"].startswith("arXiv")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, mezzotint: Run) -> None:
+    answer = mezzotint(command, "--help")
+    assert answer.code == 0
+    assert "--json" in answer.stdout
+    assert f"mezzotint {command}" in answer.stdout or f" {command} " in answer.stdout
+    if command == "quantize":
+        for option in (
+            "--out",
+            "--recipe",
+            "--bits",
+            "--for",
+            "--calibration",
+            "--keep",
+            "--set",
+            "--seed",
+            "--memory",
+        ):
+            assert option in answer.stdout
+
+
+def test_without_a_command(mezzotint: Run) -> None:
+    answer = mezzotint()
+    assert all(command in answer.stdout + answer.stderr for command in COMMANDS)
+    assert mezzotint("quantise").code == 2
+    assert mezzotint("quantize", TINY_LLAMA).code == 2  # no --out
+
+
+def test_the_same_json_for_the_same_seed(mezzotint: Run, tmp_path: Path) -> None:
+    first, second = (
+        mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / name, *SMALL, "--seed", "7", "--json").last_object
+        for name in ("one", "two")
+    )
+    assert first["plan"] == second["plan"]
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**29, "1.50 GiB")],
+)
+def test_bytes_for_people(nbytes: int, text: str) -> None:
+    assert tables.size(nbytes) == text

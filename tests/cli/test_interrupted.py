@@ -1,0 +1,121 @@
+"""Runs that fail or are killed: nothing that looks like a finished model is left."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mezzotint.errors import MezzotintError, RunError, WriteError
+from mezzotint.formats.folder import OutputFolder
+from mezzotint.models import open_model
+from mezzotint.pipeline.sweep import Sweep
+from pipeline.runs import TEXT, TINY_LLAMA, quantized
+
+SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
+Run = Callable[..., Any]
+
+
+@pytest.mark.parametrize("memory", [(), ("--memory", "1")])
+@pytest.mark.parametrize("after", [0, 3, 25, 60])
+def test_a_disk_that_fills_up(
+    after: int, memory: tuple[str, ...], mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = after
+    pwrite = os.pwrite
+
+    def full(*arguments: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL, *memory, "--json")
+    # where the very first byte does not fit, nothing has been done: the request is at fault
+    assert answer.code == (2 if after == 0 else 1), answer.stderr
+    assert answer.stdout == ""
+    assert answer.stderr.count("error:") == 1
+    assert "space" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_synced(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL)
+    assert answer.code == 1
+    assert "Input/output error" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_from_the_keyboard(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sweep, "_group", stop)
+    answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL)
+    assert answer.code == 1
+    assert "stopped" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = OutputFolder.finish
+
+    def late(folder: OutputFolder) -> None:
+        folder.path.mkdir()
+        (folder.path / "mine").write_text("mine", encoding="utf-8")
+        finish(folder)
+
+    monkeypatch.setattr(OutputFolder, "finish", late)
+    with pytest.raises(WriteError, match=r"was made by somebody else.*lies in .*out.partial: rename it"):
+        quantized(TINY_LLAMA, tmp_path / "out", "rtn")
+    # hours of work are not thrown away
+    assert (tmp_path / "out.partial" / "mezzotint.json").is_file()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_killed_run(tmp_path: Path) -> None:
+    """SIGKILL while blocks are being written: another process sees no model, and a new run says what lies there."""
+    script = (
+        "import os, signal, sys\n"
+        "from mezzotint.pipeline import sweep\n"
+        "streamed = sweep.Sweep._streamed\n"
+        "def kill(self, block, streams):\n"
+        "    if block.index == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return streamed(self, block, streams)\n"
+        "sweep.Sweep._streamed = kill\n"
+        "from mezzotint.cli import main\n"
+        "main()\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", script, "quantize", str(TINY_LLAMA), "--out", str(out), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    partial = tmp_path / "out.partial"
+    names = {path.name for path in partial.iterdir()}
+    assert "model.safetensors" in names
+    assert names.isdisjoint({"config.json", "mezzotint.json", "tokenizer.json"})
+    assert not any(name.startswith("stream-") for name in names)
+    # even with the rest put beside them, the weights are none that anybody reads
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY_LLAMA / name, partial / name)
+    with pytest.raises(MezzotintError, match=r"model.safetensors"):
+        open_model(partial)
+    with pytest.raises(MezzotintError, match="unfinished work") as caught:
+        quantized(TINY_LLAMA, out, "rtn")
+    assert not isinstance(caught.value, RunError)
+    assert not out.exists()
