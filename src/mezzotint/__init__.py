@@ -106,7 +106,7 @@ def _request(
     model: str | Path,
     recipe: "str | Recipe",
     *,
-    bits: float | None = None,
+    bits: int | float | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: Sequence[str] = (),
     calibration: str | Path = "self",

@@ -233,6 +233,28 @@ def test_one_kept_matrix_breaks_a_fused_class():
     assert "k_proj: kept" in str(refusal)
 
 
+def expert_of(source: str) -> Matrix:
+    name = "model.layers.0.mlp.experts.down_proj"
+    return Matrix(
+        name=f"{name}[1]", parameter=name, sources=(source,), shape=(64, 64), expert=1, linear=False, fusion="0.experts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "engine", "rules"),
+    [
+        ("model.layers.0.mlp.experts.1.down_proj.weight", None, ["dense-experts"]),
+        ("model.layers.0.mlp.experts.1.down_proj.weight", "vllm", []),
+        ("model.layers.0.mlp.experts.down_proj", None, []),  # stored stacked, as gpt-oss does: nothing is converted
+    ],
+)
+def test_experts_that_are_stacked_at_load(source: str, engine: str | None, rules: list[str]):
+    expert = expert_of(source)
+    model = replace(MODEL, matrices=MODEL.matrices | {expert.name: expert})
+    refusals = FORM.refuses_plan(plan_of(grids_of({}), model, FORM, engine), model)
+    assert [refusal.rule for refusal in refusals] == rules
+
+
 def test_vllm_reads_mixed_zero_points():
     assert rules_of(grids_of({"": {"symmetric": False}, "down_proj": {"bits": 8}}), engine="vllm") == []
 

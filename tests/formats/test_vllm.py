@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from formats.llama import CONFIG, fill, make_llama, write_folder
 from mezzotint.formats.compressed_tensors import CompressedTensors
@@ -15,7 +16,14 @@ from mezzotint.grids.uniform import UniformGrid
 
 PYTHON = os.environ.get("MEZZOTINT_VLLM_PYTHON")
 WORKER = Path(__file__).parent / "vllm_worker.py"
-PROMPTS = [list(range(3, 27)), list(range(40, 2, -2))]
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.1,
+}
+PROMPTS = [list(range(3, 27)), list(range(50, 2, -2))]
 
 pytestmark = [
     pytest.mark.engine,
@@ -36,19 +44,23 @@ def log_probabilities_of_vllm(folder: Path) -> list[list[float]]:
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-# without a GPU vLLM has kernels for 4 bits only, and for widths that are multiples of 32
+def log_probabilities(model: LlamaForCausalLM) -> Tensor:
+    """``[prompt, token]``, as the worker gives them."""
+    tokens = torch.tensor(PROMPTS)
+    with torch.no_grad():
+        logits = model(tokens).logits.float()
+    return logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+
+
+# without a GPU vLLM has kernels for 4 bits only; per channel some take widths that are multiples of 128
 @pytest.mark.parametrize(("symmetric", "group_size"), [(True, 32), (False, 32), (True, None)])
 def test_agrees_with_the_dense_twin(symmetric: bool, group_size: int | None, tmp_path: Path):
-    config = LlamaConfig(**(CONFIG.to_dict() | {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}))
-    model = make_llama(config, torch.bfloat16)
+    model = make_llama(LlamaConfig(**(CONFIG.to_dict() | SIZES)), torch.bfloat16)
+    original = log_probabilities(model)
     grid = UniformGrid(bits=4, group_size=group_size, symmetric=symmetric, range="minmax")
-    weights = write_folder(
-        model, lambda m: None if m.name == "lm_head" else grid, CompressedTensors(), tmp_path / "packed"
-    )
-    twin = fill(model, weights)
-    for tokens, found in zip(PROMPTS, log_probabilities_of_vllm(tmp_path / "packed"), strict=True):
-        with torch.no_grad():
-            logits = twin(torch.tensor([tokens])).logits[0].float()
-        expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        # bfloat16 keeps 8 bits: logits of size 1 differ by a few units of 2^-8 between orders of summation
-        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=0.03)
+    weights = write_folder(model, lambda m: None if m.name == "lm_head" else grid, CompressedTensors(), tmp_path)
+    twin = log_probabilities(fill(model, weights))
+    # On processors with AMX vLLM rounds activations to 8 bits, which costs 0.16 here; rounding the weights costs 1 to
+    # 1.5, and misreading them more.
+    tolerance = (original - twin).abs().max().item() / 4
+    torch.testing.assert_close(torch.tensor(log_probabilities_of_vllm(tmp_path)), twin, rtol=0, atol=tolerance)

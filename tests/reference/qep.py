@@ -12,7 +12,7 @@ def ridge_of(xh, damping):
 
 
 def least_squares(inputs, outputs, ridge=0.0):
-    """``E [out, in]`` that minimises ``||outputs - inputs E'||^2 + ridge ||E||^2``, the smallest if there are several."""
+    """``E [out, in]`` that minimises ``||outputs - inputs E'||^2 + ridge ||E||^2``, the smallest such."""
     width = inputs.shape[1]
     rows = np.vstack([inputs, np.sqrt(ridge) * np.eye(width)])
     wanted = np.vstack([outputs, np.zeros((width, outputs.shape[1]))])

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def damped_tokens(x, xh, ridge):
-    """Tokens that add the ridge to ``xh' xh`` and to ``x' xh`` alike: one of each input alone, equal in both streams."""
+    """Tokens that add the ridge to ``xh' xh`` and ``x' xh`` alike: one of each input alone, equal in both streams."""
     extra = np.sqrt(ridge) * np.eye(xh.shape[1])
     return np.vstack([x, extra]), np.vstack([xh, extra])
 

@@ -1,5 +1,6 @@
 """QEP against least squares over tokens, and what is its own."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_the_ridge_pulls_towards_the_weight(settings, alpha):
         float((corrected(Qep(alpha=alpha, damping=damping), weight, tokens).matrix - weight).norm())
         for damping in (0.01, 0.1, 1.0, 10.0, 100.0)
     ]
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(distances, distances[1:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(distances))
     # ||W D (H + lambda)^-1|| <= ||W D|| / lambda
     limit = (weight @ tokens.statistics().drift).norm() / reference.ridge_of(tokens.quantized.numpy(), 100.0)
     assert distances[-1] <= alpha * float(torch.nan_to_num(limit)) * (1 + 1e-9)

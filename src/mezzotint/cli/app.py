@@ -68,7 +68,7 @@ def make_request(
     model: Path,
     *,
     recipe: str,
-    bits: float | None,
+    bits: int | float | None,
     engine: str | None,
     calibration: CalibrationRequest,
     keep: list[str] | None,

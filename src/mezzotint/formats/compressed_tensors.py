@@ -80,7 +80,7 @@ class CompressedTensors:
         return _refuses_group(matrix, entry.grid)
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
-        """Rules about several matrices: ``fused-scheme``, one per class, and ``mixed-asymmetric``."""
+        """Rules about several matrices: ``fused-scheme``, one per class, ``mixed-asymmetric``, ``dense-experts``."""
         schemes = _schemes(plan, model)
         classes: dict[str, list[Matrix]] = defaultdict(list)
         for matrix in model.matrices.values():
@@ -98,6 +98,8 @@ class CompressedTensors:
                     remedy="Use --set grid.symmetric=true, one scheme for all matrices, --for dense, or --for vllm.",
                 )
             )
+        if plan.engine != "vllm":
+            refusals.append(_refuses_experts(model, schemes))
         return tuple(refusal for refusal in refusals if refusal is not None)
 
     def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
@@ -266,6 +268,22 @@ def _refuses_class(fusion: str, members: list[Matrix], schemes: Mapping[str, Sch
         value=value,
         limit="engines store these as one matrix with one scheme",
         remedy="Let one rule match all of them, or use --for dense.",
+    )
+
+
+def _refuses_experts(model: ModelMap, schemes: Mapping[str, Scheme]) -> Refusal | None:
+    """Experts that transformers stacks while it loads: in a packed folder it takes all of them for packed."""
+    stacked = next(
+        (m for m in model.matrices.values() if m.expert is not None and m.sources[0].endswith(".weight")), None
+    )
+    if stacked is None or not schemes:
+        return None
+    return Refusal(
+        rule="dense-experts",
+        what=f"experts, such as {stacked.name}",
+        value="kept, beside packed matrices",
+        limit="transformers cannot load dense experts from a packed folder",
+        remedy="Use --for dense, which quantizes experts too, or --for vllm.",
     )
 
 

@@ -18,7 +18,7 @@ from mezzotint.calibration import (
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
-from mezzotint.pipeline.costs import CalibrationPlan
+from mezzotint.pipeline.costs import SAMPLING_BYTES, CalibrationPlan
 from mezzotint.pipeline.request import Request
 
 _SELF_BATCH = 64
@@ -49,10 +49,10 @@ def calibration_windows(
 
 def _sampled(source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]) -> Windows:
     weights = sum(tensor.nbytes for tensor in source.checkpoint.tensors.values())
-    if request.memory is not None and weights * 1.25 > request.memory:
+    if request.memory is not None and weights * SAMPLING_BYTES > request.memory:
         raise ConfigError(
-            f"sampling calibration text from the model takes about {weights * 1.25 / 2**30:.1f} GiB, more than "
-            f"--memory ({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
+            f"sampling calibration text from the model takes about {weights * SAMPLING_BYTES / 2**30:.1f} GiB, more "
+            f"than --memory ({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=request.trust_remote_code)
     with quiet():

@@ -9,9 +9,13 @@ import torch
 from mezzotint.core.files import Entry
 from mezzotint.models import Source
 
-BASE_BYTES = 450 * 2**20  # interpreter, torch and transformers, measured on Linux
+BASE_BYTES = 520 * 2**20  # interpreter, torch and transformers, measured on Linux
 START_SECONDS = 2.0  # opening, planning, writing
+SAMPLING_BYTES = 1.8  # the whole model and its KV cache, as a multiple of the checkpoint
+BATCH_TOKENS = 4096  # that run through a block together
 _FLOAT = 4
+_BATCH_COPIES = 4  # temporaries of a block's forward, in units of its widest activations
+_FRAGMENTED = 1.4  # what the allocator holds over what is in use, measured on SmolLM2
 _SAMPLING = 4  # a token sampled one by one costs so many of those that run side by side
 
 
@@ -66,14 +70,18 @@ def estimate(
     hidden = source.config.get_text_config().hidden_size
     stream = 2 * tokens * hidden * _FLOAT
     inner = max(sum({m.shape[1] for m in block}) for block in blocks)
-    waiting = tokens * (2 * hidden + inner) * _FLOAT
-    fixed = BASE_BYTES + (block_bytes if tokens else 0) + solver
+    both = any("drift" in entry.needs for entry in entries)
+    waiting = tokens * (2 * hidden + inner) * _FLOAT * (1 + both)
+    embedding = source.skeleton.get_parameter(source.map.embedding).numel() * _FLOAT
+    running = max(embedding, block_bytes + _BATCH_COPIES * BATCH_TOKENS * inner * _FLOAT) if tokens else 0
+    fixed = BASE_BYTES + running + solver
     keep_runs = memory is None or fixed + stream + waiting <= memory
     room = stream + waiting if memory is None else max(0, memory - fixed - (waiting if keep_runs else waiting // 8))
-    peak = fixed + min(stream, room) + (waiting if keep_runs else waiting // 8)
+    peak = fixed + _FRAGMENTED * (min(stream, room) + (waiting if keep_runs else waiting // 8))
     weights = sum(m.shape[0] * m.shape[1] for block in blocks for m in block)
-    both = any("drift" in entry.needs for entry in entries)
     sampled = calibration is not None and calibration.source == "self"
+    if sampled:
+        peak = max(peak, BASE_BYTES + sum(t.nbytes for t in source.checkpoint.tensors.values()) * SAMPLING_BYTES)
     forward = 2 * tokens * weights * (1 + both + _SAMPLING * sampled)
     grams = sum(2 * tokens * m.shape[1] ** 2 for m in solved) / 2
     rounding = sum(2 * m.shape[0] * m.shape[1] ** 2 for m in solved)

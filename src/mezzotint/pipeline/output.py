@@ -9,6 +9,9 @@ from mezzotint.core.contracts import Matrix, QuantizedWeight
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.models import Source
 from mezzotint.pipeline.plan import Planned
+from mezzotint.pipeline.residency import check_finite
+
+_CHECKED_BYTES = 2**30  # larger tensors are copied without a look, for the memory that a look would take
 
 
 class Output:
@@ -50,6 +53,8 @@ class Output:
         """Copy every tensor that no matrix replaces, byte for byte."""
         for name in self._planned.layout.copied:
             info = self._source.checkpoint.tensors[name]
+            if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES:
+                check_finite(name, self._source.checkpoint.checkpoint.read(name))
             self._writer.copy(name, Path(info.path), info.offset)
 
     def close(self) -> None:

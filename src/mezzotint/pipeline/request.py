@@ -89,7 +89,7 @@ class Request:
 def resolve_recipe(
     recipe: str | Recipe,
     *,
-    bits: float | None = None,
+    bits: int | float | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: tuple[str, ...] = (),
 ) -> Recipe:

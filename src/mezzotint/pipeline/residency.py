@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mezzotint.errors import WriteError
+from mezzotint.errors import NonFiniteError, WriteError
 
 
 class Budget:
@@ -151,3 +151,16 @@ class Store:
                 f"cannot spill {len(view)} bytes of activations into {str(self._folder)!r}: {error.strerror}. "
                 "Free space there, or raise --memory so that less is spilled."
             ) from error
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuse a tensor of the checkpoint with NaN or infinity in it.
+
+    Raises:
+        NonFiniteError: names it, with how many there are.
+    """
+    if not torch.isfinite(value).all():
+        raise NonFiniteError(
+            f"{name} holds NaN or infinity in {int((~torch.isfinite(value)).sum())} of {value.numel()} values; the "
+            "checkpoint is broken. Download it again, or give another one."
+        )

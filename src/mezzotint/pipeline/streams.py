@@ -14,9 +14,8 @@ from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import ModelError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
+from mezzotint.pipeline.costs import BATCH_TOKENS
 from mezzotint.pipeline.residency import Budget, Store
-
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

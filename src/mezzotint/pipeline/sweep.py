@@ -15,6 +15,7 @@ from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import MezzotintError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, aligned, stops, token_weights
+from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.streams import Streams
 from mezzotint.targets.qep import quadratic_of
 
@@ -135,7 +136,7 @@ class Sweep:
         module = self._source.skeleton.get_submodule(block.path)
         materialize(module, block.path, self._source.checkpoint, dtype=streams.dtype, device=self._device)
         for name, parameter in module.named_parameters(block.path):
-            _check_finite(name, parameter)
+            check_finite(name, parameter)
         with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual):
             streams.run_original(block.index, module, self._compared(block))
             runs = streams.quantized_runs(block.index, module)
@@ -207,7 +208,7 @@ class Sweep:
         started = time.perf_counter()
         entry = self._entries[matrix.name]
         decisions: dict[str, float | str] = {}
-        _check_finite(matrix.name, weight)
+        check_finite(matrix.name, weight)
         used = fit
         if fit is not None and fit.tokens < least_tokens(matrix):
             used = Statistics.isotropic(matrix.shape[1], fit.gram)
@@ -253,14 +254,6 @@ def refined(
     judge = quadratic_of(original, held_out)
     before, after = float(judge.value(rounded.value).sum()), float(judge.value(better.value).sum())
     return (better, "accepted") if after < before else (rounded, "refused: worse on the held-out windows")
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    if not torch.isfinite(value).all():
-        raise NonFiniteError(
-            f"{name} holds NaN or infinity in {int((~torch.isfinite(value)).sum())} of {value.numel()} values; the "
-            "checkpoint is broken. Download it again, or give another one."
-        )
 
 
 def _measured(weight: Tensor, value: Tensor, statistics: Statistics | None) -> float | None:
