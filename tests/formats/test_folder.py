@@ -124,7 +124,7 @@ def test_unfinished_work(tmp_path: Path):
     first = OutputFolder(tmp_path / "out", resume=True)  # nothing to resume: starts
     assert not first.resumed
     (first.partial / "work").write_text("x")
-    with pytest.raises(OutputError, match=r"out.partial holds the unfinished work.*--resume"):
+    with pytest.raises(OutputError, match=r"out.partial holds the unfinished work of an earlier run"):
         OutputFolder(tmp_path / "out")
     again = OutputFolder(tmp_path / "out", resume=True)
     assert again.resumed

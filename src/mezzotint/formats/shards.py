@@ -173,7 +173,7 @@ class ShardWriter:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise OutputError(
                 f"{self.folder}: {len(missing)} of {len(self._specs)} tensors were never written: {shown}. "
-                "The files are incomplete; run again with --resume."
+                "The files are incomplete; run again."
             )
         for shard in self._shards:
             _write_all(self._files[shard.path], memoryview(struct.pack("<Q", len(shard.header))), 0)
@@ -218,7 +218,7 @@ class ShardWriter:
         if known and not _starts_with(shard, shard.header, skip=8):
             raise OutputError(
                 f"{shard.path} is not what this run would write: another size or header. "
-                f"Start without --resume, or remove {self.folder}."
+                f"Remove {self.folder} and start anew."
             )
         with _space_errors(shard.path, shard.size):
             file = os.open(shard.path, os.O_RDWR | os.O_CREAT | (0 if known else os.O_TRUNC), 0o644)

@@ -1,5 +1,6 @@
 """Where tensors live: in memory up to a budget, in a file past it."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -159,7 +160,8 @@ def check_finite(name: str, value: Tensor) -> None:
     Raises:
         NonFiniteError: names it, with how many there are.
     """
-    if not torch.isfinite(value).all():
+    # the sum of finite weights is finite, and takes a fraction of the time of looking at each
+    if not math.isfinite(float(value.sum(dtype=torch.float32))) and not torch.isfinite(value).all():
         raise NonFiniteError(
             f"{name} holds NaN or infinity in {int((~torch.isfinite(value)).sum())} of {value.numel()} values; the "
             "checkpoint is broken. Download it again, or give another one."

@@ -232,7 +232,7 @@ class Sweep:
             MatrixRecord(
                 name=matrix.name,
                 bits_per_weight=result.bits().total / weight.numel(),
-                weight_error=float((value - original).square().sum() / original.square().sum().clamp_min(1e-30)),
+                weight_error=_energy(value - original) / max(_energy(original), 1e-30),
                 h_error=_measured(original, value, fit),
                 h_error_held_out=_measured(original, value, held_out),
                 tokens=0.0 if fit is None else fit.tokens,
@@ -254,6 +254,12 @@ def refined(
     judge = quadratic_of(original, held_out)
     before, after = float(judge.value(rounded.value).sum()), float(judge.value(better.value).sum())
     return (better, "accepted") if after < before else (rounded, "refused: worse on the held-out windows")
+
+
+def _energy(values: Tensor) -> float:
+    """Sum of squares."""
+    flat = values.flatten()
+    return float(flat @ flat)
 
 
 def _measured(weight: Tensor, value: Tensor, statistics: Statistics | None) -> float | None:
