@@ -113,7 +113,9 @@ def test_the_format_follows_the_modules(tiny_folder: Folder) -> None:
         assert plan_of(tiny_folder(name)).plan.format == "dense"
         with pytest.raises(FormatError, match=r"nn.Linear only.*Use --for dense"):
             plan_of(tiny_folder(name), engine="vllm")
-    assert plan_of(tiny_folder("mixtral"), keep=["*.experts.*"]).plan.format == "compressed-tensors"
+    with pytest.raises(FormatError, match="dense-experts"):
+        plan_of(tiny_folder("mixtral"), keep=["*.experts.*"])
+    assert plan_of(tiny_folder("mixtral"), keep=["*.experts.*"], engine="vllm").plan.format == "compressed-tensors"
     assert plan_of(TINY_LLAMA, engine="dense").plan.format == "dense"
 
 
