@@ -59,7 +59,7 @@ check: venv
 # A short version of the quality suite: SmolLM2 as `make demo` leaves it, and texts that you name.
 bench: venv
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with calibration/wikipedia.txt and wikitext2/wiki.test.raw" >&2; exit 2; }
-	$(BIN)/python -m benchmarks quality --model $(or $(MODEL),demo/smollm2) --data $(DATA)
+	$(BIN)/python -m benchmarks quality --model $(or $(MODEL),demo/smollm2) --data $(DATA) --name SmolLM2-135M-Instruct
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("suite", choices=sorted(config["suites"]))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with calibration/ and wikitext2/")
+    parser.add_argument("--name", help="of the model in the results; its folder's if left out")
     parser.add_argument("--protocol", choices=sorted(config["protocols"]))
     options = parser.parse_args()
+    model = options.name or options.model.name
     names = {"data": str(options.data), "here": str(HERE)}
     suite = config["suites"][options.suite]
     name = options.protocol or suite["protocol"]
@@ -108,12 +110,12 @@ def main() -> None:
             "protocol": config["protocols"][name],
             "protocol_name": name,
         }
-        if any(result["settings"] == settings and result["model"] == options.model.name for result in results):
+        if any(result["settings"] == settings and result["model"] == model for result in results):
             continue
         measured = run_row(options.model, filled(row, names), suite, filled(config["protocols"][name], names))
         results.append(
             {
-                "model": options.model.name,
+                "model": model,
                 "settings": settings,
                 **measured,
                 "versions": versions(),

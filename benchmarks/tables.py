@@ -1,0 +1,66 @@
+"""``python -m benchmarks.tables``: write the README's tables from the committed results."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows of a suite's results."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def quality() -> list[str]:
+    """Loss by method and bits."""
+    rows = rows_of("quality") + rows_of("propagation")
+    rows.sort(key=lambda r: (-r["settings"]["row"]["bits"], r["evaluate"]["kl_nats"]))
+    lines = ["| bits | stored | recipe | KL, nats/token | perplexity |", "|---|---|---|---|---|"]
+    for r in rows:
+        row, e = r["settings"]["row"], r["evaluate"]
+        stored = r["quantize"]["bits_per_weight"]
+        lines.append(f"| {row['bits']} | {stored:.2f} | {row['name']} | {e['kl_nats']:.3f} | {e['perplexity']:.1f} |")
+    original = rows[0]["evaluate"]["reference_perplexity"]
+    heading = (
+        f"SmolLM2-135M-Instruct (perplexity {original:.1f} before), groups of 64, calibrated on 32 x 512 tokens of "
+        "Wikipedia,\nmeasured on 16 x 1024 tokens of the WikiText-2 test set (`python -m benchmarks quality`, "
+        "`propagation`):"
+    )
+    return [heading, "", *lines]
+
+
+def costs() -> list[str]:
+    """Time and memory."""
+    lines = ["| what | seconds | seconds of processor | peak memory, MiB |", "|---|---|---|---|"]
+    for r in rows_of("speed"):
+        runs = r["quantize"] if isinstance(r["quantize"], list) else [r["quantize"]]
+        middle = {k: statistics.median(run[k] for run in runs) for k in ("seconds", "cpu_seconds", "peak_rss_bytes")}
+        times = f"{middle['seconds']:.1f} | {middle['cpu_seconds']:.1f}"
+        peak = middle["peak_rss_bytes"] / 2**20
+        lines.append(f"| {r['settings']['row']['name']}, {r['model']} | {times} | {peak:.0f} |")
+    for r in rows_of("memory"):  # a run for its memory: its time is not a measurement
+        peak = r["quantize"]["peak_rss_bytes"] / 2**20
+        lines.append(f"| {r['settings']['row']['name']}, {r['model']} | | | {peak:.0f} |")
+    machine = rows_of("speed")[0]["machine"]
+    return [
+        f"On {machine['cores']} cores ({machine['processor']}), after imports, medians of repeated runs:",
+        "",
+        *lines,
+    ]
+
+
+def main() -> None:
+    """Replace what stands between the README's markers."""
+    text = README.read_text(encoding="utf-8")
+    body = "\n".join(["", *quality(), "", *costs(), ""])
+    changed = re.sub(r"(?<=<!-- results -->).*?(?=<!-- /results -->)", lambda _: body, text, flags=re.DOTALL)
+    README.write_text(changed, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
