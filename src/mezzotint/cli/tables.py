@@ -162,7 +162,7 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     """Every matrix of a finished folder."""
     table = Table(title=f"{report['model']}: recipe {report['recipe']['name']}, format {report['plan']['format']}")
     for column in ("matrix", "bits", "weight error", "error", "held-out error"):
-        table.add_column(column, justify="left" if column == "matrix" else "right")
+        table.add_column(column, justify="left" if column == "matrix" else "right", overflow="fold")
     for linear in report["linears"]:
         errors = [linear["weight_error"], linear["h_error"], linear["h_error_held_out"]]
         shown = ["-" if e is None else f"{e:.2e}" for e in errors]
