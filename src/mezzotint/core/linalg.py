@@ -21,6 +21,13 @@ class Factor:
     upper: Float[Tensor, "in in"]
     permutation: Int[Tensor, " in"] | None
 
+    @property
+    def columns(self) -> Int[Tensor, " in"]:
+        """Columns in visiting order."""
+        if self.permutation is not None:
+            return self.permutation
+        return torch.arange(self.upper.shape[0], device=self.upper.device)
+
 
 def damped(
     gram: Float[Tensor, "in in"], damping: float, permutation: Int[Tensor, " in"] | None = None

@@ -12,6 +12,7 @@ from mezzotint.core.linalg import Factor
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
 from mezzotint.grids.feedback import feed_tiles_
+from mezzotint.rounding.feedback import check_drift, check_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +42,7 @@ class Gptaq:
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise ConfigError(f"rounding.strength is {self.strength}; it must be from 0 to 1 (paper 1, code 0.25).")
-        if not 0 <= self.damping <= 100:
-            raise ConfigError(f"rounding.damping is {self.damping}; it must be from 0 to 100 (typical 0.01).")
-        if self.block_size < 1:
-            raise ConfigError(f"rounding.block_size is {self.block_size}; it must be at least 1 (default 128).")
+        check_settings(self.damping, self.block_size)
 
     def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
         """Codes for the weight; the aim must not be corrected already.
@@ -52,15 +50,12 @@ class Gptaq:
         Raises:
             ConfigError: there are no statistics with drift, or the aim is corrected.
         """
-        if fit is None or fit.drift is None:
-            raise ConfigError("rounding 'gptaq' needs calibration statistics of both streams; use 'gptq' instead.")
-        if aim.corrected:
-            raise ConfigError("rounding 'gptaq' corrects for drift itself; with a corrected target that counts twice.")
+        fit, drift = check_drift(self.kind, aim, fit)
         factor = fit.factor(self.damping, self.order)
         width = aim.matrix.shape[1]
-        columns = torch.arange(width, device=aim.matrix.device) if factor.permutation is None else factor.permutation
+        columns = factor.columns
         upper = factor.upper.to(aim.matrix.dtype)
-        carry = self.strength * carry_of(fit.drift, factor).to(aim.matrix.dtype)
+        carry = self.strength * carry_of(drift, factor).to(aim.matrix.dtype)
         work = aim.matrix.index_select(1, columns)
         code = grid.new_code()
         for start in range(0, width, self.block_size):

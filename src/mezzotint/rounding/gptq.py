@@ -8,6 +8,7 @@ import torch
 from mezzotint.core.contracts import Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
+from mezzotint.rounding.feedback import check_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +31,7 @@ class Gptq:
     scalar_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping <= 100:
-            raise ConfigError(f"rounding.damping is {self.damping}; it must be from 0 to 100 (typical 0.01).")
-        if self.block_size < 1:
-            raise ConfigError(f"rounding.block_size is {self.block_size}; it must be at least 1 (default 128).")
+        check_settings(self.damping, self.block_size)
 
     def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
         """Codes that keep ``tr((V - T) H (V - T)')`` small.
@@ -48,7 +46,7 @@ class Gptq:
         factor = fit.factor(self.damping, self.order, tile)
         upper = factor.upper.to(aim.matrix.dtype)
         width = aim.matrix.shape[1]
-        columns = torch.arange(width, device=aim.matrix.device) if factor.permutation is None else factor.permutation
+        columns = factor.columns
         work = aim.matrix.index_select(1, columns)
         code = grid.new_code()
         step = max(tile, self.block_size // tile * tile)

@@ -7,7 +7,7 @@ import torch
 
 from mezzotint.core.contracts import Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
-from mezzotint.errors import ConfigError
+from mezzotint.rounding.feedback import check_drift, check_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +36,7 @@ class Qronos:
     scalar_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping <= 100:
-            raise ConfigError(f"rounding.damping is {self.damping}; it must be from 0 to 100 (typical 0.01).")
-        if self.block_size < 1:
-            raise ConfigError(f"rounding.block_size is {self.block_size}; it must be at least 1 (default 128).")
+        check_settings(self.damping, self.block_size)
 
     def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
         """Codes for the weight; the aim must not be corrected already.
@@ -47,16 +44,13 @@ class Qronos:
         Raises:
             ConfigError: there are no statistics with drift, or the aim is corrected.
         """
-        if fit is None or fit.drift is None:
-            raise ConfigError("rounding 'qronos' needs calibration statistics of both streams; use 'gptq' instead.")
-        if aim.corrected:
-            raise ConfigError("rounding 'qronos' corrects for drift itself; with a corrected target that counts twice.")
+        fit, drift = check_drift(self.kind, aim, fit)
         w = aim.matrix
         factor = fit.factor(self.damping, self.order)
-        columns = torch.arange(w.shape[1], device=w.device) if factor.permutation is None else factor.permutation
+        columns = factor.columns
         upper = factor.upper.to(w.dtype)
         first, rest = columns[:1], columns[1:]
-        pull = w @ fit.drift.to(w.dtype)
+        pull = w @ drift.to(w.dtype)
         row = fit.gram[first[0]].to(w.dtype)
         # the ridge is in H and G alike: it makes W, not 0, what weak directions fall back to
         diagonal = row[first] + self.damping * fit.gram.diagonal().mean()
