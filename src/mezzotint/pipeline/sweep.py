@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.core.contracts import Block, InputGroup, Matrix, QuantizedWeight, Refinement, Rounded
+from mezzotint.core.contracts import (
+    Aim,
+    Block,
+    InputGroup,
+    Matrix,
+    Quadratic,
+    QuantizedWeight,
+    Refinement,
+    Rounded,
+)
 from mezzotint.core.files import Entry
 from mezzotint.core.metrics import h_error
 from mezzotint.core.statistics import Accumulator, Statistics
@@ -220,7 +229,10 @@ class Sweep:
             importance = None if used is None else used.importance
             rounded = entry.rounding.round(aim, entry.grid.fit(aim.matrix, importance), used)
             if entry.refinement is not None and used is not None:
-                rounded, decisions["refinement"] = refined(entry.refinement, rounded, weight, used, held_out)
+                judge = None
+                if held_out is not None and held_out.tokens > 0:
+                    judge = quadratic_of(weight.to(aim.matrix.dtype), held_out)
+                rounded, decisions["refinement"] = refined(entry.refinement, rounded, aim, used, judge)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -244,14 +256,18 @@ class Sweep:
 
 
 def refined(
-    refinement: Refinement, rounded: Rounded, weight: Tensor, fit: Statistics, held_out: Statistics | None
+    refinement: Refinement, rounded: Rounded, aim: Aim, fit: Statistics, judge: Quadratic | None
 ) -> tuple[Rounded, str]:
-    """The refined result if it is better on the held-out windows, else the one it started from, and which it is."""
-    original = weight.to(rounded.value.dtype)
-    better = refinement.refine(rounded, quadratic_of(original, fit))
-    if held_out is None or held_out.tokens == 0:
+    """The refined result if it is better on the held-out windows, else the one it started from, and which it is.
+
+    What is descended is the distance to the aim, with all the restraint of its strength and damping; what judges is the
+    loss itself, on other tokens.
+    """
+    if judge is None:
         return rounded, "refused: nothing is held out to judge it on"
-    judge = quadratic_of(original, held_out)
+    cross = aim.matrix @ fit.gram.to(aim.matrix.dtype)
+    near = Quadratic(gram=fit.gram, cross=cross, const=(cross * aim.matrix).sum(-1))
+    better = refinement.refine(rounded, near)
     before, after = float(judge.value(rounded.value).sum()), float(judge.value(better.value).sum())
     return (better, "accepted") if after < before else (rounded, "refused: worse on the held-out windows")
 
