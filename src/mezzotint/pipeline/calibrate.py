@@ -37,7 +37,7 @@ def calibration_windows(
     check_vocabulary(tokenizer, source.config)
     asked = request.calibration
     if plan.source == "self":
-        return _sampled(source, plan, request, progress)
+        return _sampled(source, plan, request, progress, start_token=separator_token(tokenizer))
     documents = read_documents(plan.source, tokenizer=tokenizer, field=asked.field, lines=asked.lines)
     build = packed_windows if asked.packing else document_windows
     windows = build(
@@ -47,14 +47,20 @@ def calibration_windows(
     return windows
 
 
-def _sampled(source: Source, plan: CalibrationPlan, request: Request, progress: Callable[[int, int], None]) -> Windows:
+def _sampled(
+    source: Source,
+    plan: CalibrationPlan,
+    request: Request,
+    progress: Callable[[int, int], None],
+    *,
+    start_token: int | None,
+) -> Windows:
     weights = sum(tensor.nbytes for tensor in source.checkpoint.tensors.values())
     if request.memory is not None and weights * SAMPLING_BYTES > request.memory:
         raise ConfigError(
             f"sampling calibration text from the model takes about {weights * SAMPLING_BYTES / 2**30:.1f} GiB, more "
             f"than --memory ({request.memory / 2**30:.1f} GiB). Give text with --calibration FILE."
         )
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=request.trust_remote_code)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             str(source.folder), dtype="auto", trust_remote_code=request.trust_remote_code
@@ -67,6 +73,6 @@ def _sampled(source: Source, plan: CalibrationPlan, request: Request, progress: 
             seqlen=plan.seqlen,
             seed=request.seed,
             batch_size=_SELF_BATCH,
-            start_token=separator_token(tokenizer),
+            start_token=start_token,
             progress=progress,
         )
