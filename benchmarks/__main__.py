@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,10 @@ def quantize_arguments(row: dict[str, Any], suite: dict[str, Any], protocol: dic
     return arguments
 
 
-def run_row(model: Path, row: dict[str, Any], suite: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
-    """One row: quantize (several times if asked), evaluate."""
+def run_row(
+    model: Path, row: dict[str, Any], suite: dict[str, Any], protocol: dict[str, Any], cache: Path
+) -> dict[str, Any]:
+    """One row: quantize (several times if asked), evaluate on every text; ``cache`` keeps the original's states."""
     arguments = quantize_arguments(row, suite, protocol)
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,11 +73,38 @@ def run_row(model: Path, row: dict[str, Any], suite: dict[str, Any], protocol: d
             report = call(["quantize", str(model), "--out", str(out), *arguments])
             runs.append({key: report[key] for key in KEPT} | {"times": report["times"]})
         result: dict[str, Any] = {"quantize": runs[0] if len(runs) == 1 else runs}
-        if suite.get("evaluate", True):
-            text = ["--text", protocol["text"], "--against", str(model)]
-            sizes = ["--seqlen", str(protocol["eval_seqlen"]), "--windows", str(protocol["eval_windows"])]
-            result["evaluate"] = call(["evaluate", str(out), *text, *sizes])
+        if not suite.get("evaluate", True):
+            return result
+        sizes = ["--seqlen", str(protocol["eval_seqlen"]), "--windows", str(protocol["eval_windows"])]
+        compared = [*sizes, "--against", str(model), "--cache", str(cache)]
+        if "text" in protocol:
+            result["evaluate"] = call(["evaluate", str(out), "--text", protocol["text"], *compared])
+        else:
+            result["evaluate"] = {
+                name: call(["evaluate", str(out), "--text", text, *compared])
+                for name, text in protocol["texts"].items()
+            }
     return result
+
+
+def halves(text: Path, folder: Path) -> dict[str, str]:
+    """Files with the first and the second half of a text, cut at a line end."""
+    whole = text.read_text(encoding="utf-8")
+    middle = whole.index("\n", len(whole) // 2) + 1
+    parts = {"first": whole[:middle], "second": whole[middle:]}
+    for name, part in parts.items():
+        (folder / f"{text.stem}-{name}.txt").write_text(part, encoding="utf-8")
+    return {name: str(folder / f"{text.stem}-{name}.txt") for name in parts}
+
+
+def halved(value: Any, folder: Path) -> Any:
+    """A configuration with ``FILE#first`` and ``FILE#second`` replaced by files that hold these halves."""
+    if isinstance(value, str) and value.endswith(("#first", "#second")):
+        path, _, half = value.rpartition("#")
+        return halves(Path(path), folder)[half]
+    if isinstance(value, dict):
+        return {key: halved(part, folder) for key, part in value.items()}
+    return value
 
 
 def filled(value: Any, names: dict[str, str]) -> Any:
@@ -97,13 +128,42 @@ def main() -> None:
     parser.add_argument("--name", help="of the model in the results; its folder's if left out")
     parser.add_argument("--protocol", choices=sorted(config["protocols"]))
     options = parser.parse_args()
-    model = options.name or options.model.name
-    names = {"data": str(options.data), "here": str(HERE)}
     suite = config["suites"][options.suite]
     name = options.protocol or suite["protocol"]
     path = HERE / "results" / (f"{options.suite}.json" if name == suite["protocol"] else f"{options.suite}-{name}.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for row in suite["rows"]:
+    with tempfile.TemporaryDirectory() as scratch:
+        run_rows(options, config, name, results, path, scratch=Path(scratch))
+
+
+def expanded(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows with lists in ``bits`` or ``grid`` stand for every combination; ``grid`` is a group size or "channel"."""
+    for row in rows:
+        bits = row["bits"] if isinstance(row["bits"], list) else [row["bits"]]
+        for b, grid in product(bits, row.get("grid", [None])):
+            one = {**row, "bits": b}
+            one.pop("grid", None)
+            if grid is not None:
+                size = "null" if grid == "channel" else grid
+                one["set"] = [*row.get("set", []), f"grid.group_size={size}"]
+            yield one
+
+
+def run_rows(
+    options: argparse.Namespace,
+    config: dict[str, Any],
+    name: str,
+    results: list[dict[str, Any]],
+    path: Path,
+    *,
+    scratch: Path,
+) -> None:
+    """Every row that is not among the results yet."""
+    suite = config["suites"][options.suite]
+    model = options.name or options.model.name
+    names = {"data": str(options.data), "here": str(HERE)}
+    protocol = halved(filled(config["protocols"][name], names), scratch)
+    for row in expanded(suite["rows"]):
         settings = {
             "row": row,
             "common": suite.get("common", []),
@@ -112,7 +172,7 @@ def main() -> None:
         }
         if any(result["settings"] == settings and result["model"] == model for result in results):
             continue
-        measured = run_row(options.model, filled(row, names), suite, filled(config["protocols"][name], names))
+        measured = run_row(options.model, filled(row, names), suite, protocol, scratch / "states")
         results.append(
             {
                 "model": model,
@@ -124,7 +184,7 @@ def main() -> None:
         )
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         shown = measured.get("evaluate", measured["quantize"])
-        sys.stdout.write(f"{row['name']} {row['bits']} bits: {json.dumps(shown)[:300]}\n")
+        sys.stdout.write(f"{row['name']} {row['bits']} bits {row.get('set', '')}: {json.dumps(shown)[:300]}\n")
         sys.stdout.flush()
 
 

@@ -149,3 +149,18 @@ def test_the_same_json_for_the_same_seed(mezzotint: Run, tmp_path: Path) -> None
 )
 def test_bytes_for_people(nbytes: int, text: str) -> None:
     assert tables.size(nbytes) == text
+
+
+def test_evaluate_keeps_the_reference(mezzotint: Run, finished: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", finished, "--against", TINY_LLAMA, "--text", HELD_OUT, "--device", "cpu", "--json")
+    sizes = ("--seqlen", "64", "--windows", "4")
+    plain = mezzotint(*arguments, *sizes).last_object
+    cache = tmp_path / "states"
+    first = mezzotint(*arguments, *sizes, "--cache", cache).last_object
+    (kept,) = cache.iterdir()
+    written = kept.stat().st_mtime_ns
+    second = mezzotint(*arguments, *sizes, "--cache", cache).last_object
+    assert first == second == plain
+    assert kept.stat().st_mtime_ns == written
+    mezzotint(*arguments, "--seqlen", "64", "--windows", "3", "--cache", cache)
+    assert len(list(cache.iterdir())) == 2  # other windows are another reference

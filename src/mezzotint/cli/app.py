@@ -220,6 +220,9 @@ def evaluate(
         int | None, typer.Option("--seqlen", help="Tokens per window (2048 if the model takes it).")
     ] = None,
     windows: Annotated[int | None, typer.Option("--windows", help="Use the first so many windows.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder that keeps the original's states for the next comparison.")
+    ] = None,
     device: Device = "auto",
     memory: Memory = None,
     trust_remote_code: Trust = False,
@@ -233,8 +236,8 @@ def evaluate(
         with tables.bar(errors, "evaluating") as progress:
             result = run(
                 model, text, against=against, seqlen=seqlen, windows=windows, device=resolve_device(device),
-                memory=None if memory is None else parse_bytes(memory), trust_remote_code=trust_remote_code,
-                progress=progress,
+                memory=None if memory is None else parse_bytes(memory), cache=cache,
+                trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
         if not as_json:
             tables.show_evaluation(result, Console())

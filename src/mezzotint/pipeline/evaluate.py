@@ -1,14 +1,17 @@
 """Perplexity, and divergence from a reference model, block by block through both models."""
 
+import hashlib
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from mezzotint.calibration import Windows, check_vocabulary, consecutive_windows, load_tokenizer, read_text
-from mezzotint.errors import CalibrationError, NonFiniteError
+from mezzotint.errors import CalibrationError, NonFiniteError, WriteError
 from mezzotint.evaluation import Divergence, Evaluation, chunks
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass
@@ -29,6 +32,7 @@ def evaluate(
     windows: int | None = None,
     device: str = "cpu",
     memory: int | None = None,
+    cache: Path | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Evaluation:
@@ -45,6 +49,8 @@ def evaluate(
         windows: use the first so many; None is all.
         device: ``cpu`` or ``cuda``.
         memory: bytes of activations that may be held in memory; more is spilled.
+        cache: folder where what the reference's last block gives is kept, so that other models are compared with it
+            at half the cost; found again for the same files, tokens and windows only.
         trust_remote_code: run Python code from the folders.
         progress: told of blocks and windows done.
 
@@ -62,7 +68,9 @@ def evaluate(
         read_text(text), tokenizer, seqlen=seqlen or min(DEFAULT_SEQLEN, longest), windows=windows, source=text
     )
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
-        return _compare(sources, chosen, Path(scratch), stack, device=device, memory=memory, progress=progress)
+        return _compare(
+            sources, chosen, Path(scratch), stack, device=device, memory=memory, cache=cache, progress=progress
+        )
 
 
 def _compare(
@@ -73,6 +81,7 @@ def _compare(
     *,
     device: str,
     memory: int | None,
+    cache: Path | None,
     progress: Callable[[int, int], None],
 ) -> Evaluation:
     batches = list(batches_of(windows, held_out=True))
@@ -85,7 +94,18 @@ def _compare(
         done += 1
         progress(done, total)
 
-    finals = [run_blocks(source, batches, Store(budget, scratch), device=device, step=step) for source in sources]
+    finals = [run_blocks(sources[0], batches, Store(budget, scratch), device=device, step=step)]
+    for source in sources[1:]:
+        store = Store(budget, scratch)
+        kept = None if cache is None else cache / f"{_fingerprint(source, windows)}.safetensors"
+        if kept is not None and kept.is_file():
+            for name, hidden in load_file(kept, device=device).items():
+                store.put(int(name), hidden)
+        else:
+            run_blocks(source, batches, store, device=device, step=step)
+            if kept is not None:
+                _keep({str(index): store.get(index).cpu() for index in range(len(batches))}, kept)
+        finals.append(store)
     bypasses = [
         stack.enter_context(surroundings(source, head=True, dtype=torch.float32, device=device)) for source in sources
     ]
@@ -103,6 +123,31 @@ def _compare(
     for store in finals:
         store.close()
     return divergence.result(seqlen=windows.tokens.shape[1])
+
+
+def _fingerprint(source: Source, windows: Windows) -> str:
+    """Of a model's files and of the tokens it runs on."""
+    digest = hashlib.sha256(windows.tokens.numpy().tobytes())
+    digest.update(str(tuple(windows.tokens.shape)).encode())
+    for path in sorted(path for path in source.folder.iterdir() if path.suffix in (".json", ".safetensors")):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _keep(hidden: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(hidden, partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise WriteError(
+            f"cannot keep the reference's states in {str(path.parent)!r}: {error.strerror}. Free space there, or leave "
+            "--cache out."
+        ) from error
 
 
 def _logits(
