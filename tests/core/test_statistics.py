@@ -197,3 +197,17 @@ def test_solve_is_the_damped_ridge_and_cached(problem, damping):
         statistics.solve(right, damping).numpy(), wanted, rtol=1e-9, atol=1e-10 * np.abs(wanted).max()
     )
     exact(statistics.solve(right, damping), statistics.solve(right, damping))
+
+
+@pytest.mark.parametrize("width", [255, 256, 257, 600])
+def test_wide_grams_are_summed_in_panels_and_symmetric(width):
+    generator = torch.Generator().manual_seed(1)
+    sums = Accumulator(width, frozenset(), dtype=torch.float64)
+    expected = torch.zeros(width, width, dtype=torch.float64)
+    for tokens in (3, 40):
+        inputs = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+        weights = torch.rand(tokens, generator=generator, dtype=torch.float64)
+        sums.add(inputs, weights=weights)
+        expected += (inputs * weights[:, None]).T @ inputs
+        assert torch.equal(sums.finish().gram, sums.finish().gram.T) or width <= 256
+        torch.testing.assert_close(sums.finish().gram, expected, rtol=1e-12, atol=1e-12)

@@ -14,9 +14,10 @@ from mezzotint.core.contracts import Block
 from mezzotint.errors import ModelError
 from mezzotint.models import Source, dematerialize, materialize, open_model
 from mezzotint.pipeline import streams
-from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs, aligned, stops, token_weights
+from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs, stops
 from mezzotint.pipeline.streams import surroundings
 from mezzotint.pipeline.sweep import Sweep
+from mezzotint.pipeline.tokens import aligned, token_weights
 from pipeline.runs import TINY_LLAMA, assert_same_bits, quantized, stock
 
 Folder = Callable[[str], Path]

@@ -202,3 +202,31 @@ def test_the_head_gets_statistics_of_the_last_stream(target: str, collected: Fou
         assert_sum(statistics.gram, xh, xh, size=xh)
         if target == "qep":
             assert_sum(statistics.drift, x - xh, xh, size=x)
+
+
+@pytest.mark.parametrize("kind", ["own", "original"])
+def test_norm_aware_sums(kind: str, collected: Found, tmp_path: Path) -> None:
+    """Each token over the root mean square of the stream that the original weight makes of it."""
+    options: dict[str, Any] = {"bits": 3, "settings": {"target.kind": "loaq", "target.norm_aware": kind}, "samples": 16}
+    quantized(TINY_LLAMA, tmp_path / "out", **options)
+    source = open_model(TINY_LLAMA)
+    fit, _ = windows_of(source, request_of(TINY_LLAMA, **options))
+    models = stock(TINY_LLAMA, torch.float64), quantized_twin(TINY_LLAMA, tmp_path / "out")
+    before, after = (run(model, source, fit.tokens, fit.mask) for model in models)
+    norms = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}
+    for name, (statistics, _) in collected.items():
+        block, part = name.rsplit(".", 2)[0], name.rsplit(".", 1)[1]
+        x, xh = before[name], after[name]
+        if part in norms:
+            weight = models[0].get_parameter(f"{name}.weight")
+            r, rh = before[f"{block}.{norms[part]}"], after[f"{block}.{norms[part]}"]
+            n = 1 / (r + x @ weight.T).square().mean(1, keepdim=True).sqrt()
+            nh = 1 / (rh + xh @ weight.T).square().mean(1, keepdim=True).sqrt() if kind == "own" else n
+            x, xh = x * n, xh * nh
+            assert statistics.residual is not None
+            assert_sum(statistics.residual, r * n - rh * nh, xh, size=r * n)
+        else:
+            assert statistics.residual is None
+        assert_sum(statistics.gram, xh, xh, size=xh)
+        assert statistics.drift is not None
+        assert_sum(statistics.drift, x - xh, xh, size=x)

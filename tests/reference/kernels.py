@@ -80,3 +80,21 @@ def gptq(work, factor, scale, zero_point, bits):
             for c in range(j + 1, k):
                 work[r, c] -= error[r, j] * factor[j, c]
     return code, error, work
+
+
+def descend(value, gradient, gram, scale, zero_point, bits):
+    """Code and value after every column of every row has moved to the best one of all its codes."""
+    value = value.copy()
+    rows, k = value.shape
+    code = np.zeros((rows, k))
+    levels = np.arange(2**bits)
+    for r in range(rows):
+        slope = gradient[r].copy()
+        for j in range(k):
+            steps = scale[r, j] * (levels - zero_point[r, j]) - value[r, j]
+            gains = gram[j, j] * steps**2 + 2 * slope[j] * steps
+            code[r, j] = np.argmin(gains) if gram[j, j] > 0 else np.argmin(np.abs(steps))
+            step = steps[int(code[r, j])]
+            value[r, j] += step
+            slope += step * gram[j]
+    return code, value

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grids.toy_vector import ToyVectorGrid
+from mezzotint.grids.uniform import UniformGrid
 from mezzotint.registry import GRIDS, ROUNDINGS
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import (
@@ -212,3 +213,33 @@ def test_name_and_needs(rounding):
 def test_bad_settings_are_refused(rounding):
     for settings in strategies.bad_settings(ROUNDINGS[rounding]):
         strategies.assert_refused(ROUNDINGS[rounding], settings)
+
+
+@pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if "damping" in setting_names(name)])
+@pytest.mark.parametrize("kind", ["duplicates", "few tokens", "dead", "constant"])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_ill_conditioned_inputs_give_finite_results_and_the_damping_they_needed(rounding, kind, damping):
+    settings = ProblemSettings(
+        grid=UniformGrid(bits=3, group_size=None, scale_dtype="float32"),
+        rows=4,
+        columns=24,
+        tokens=8 if kind == "few tokens" else 200,
+        seed=7,
+        dtype=torch.float32,
+        dead_columns=(3, 4, 11) if kind == "dead" else (),
+        duplicates=((0, 1), (0, 2), (5, 9)) if kind == "duplicates" else (),
+    )
+    problem = make_problem(settings)
+    if kind == "constant":  # every input is the same number: a gram matrix of rank one
+        gram = torch.ones_like(problem.statistics.gram) * 200
+        problem = replace(problem, statistics=replace(problem.statistics, gram=gram))
+    rounded = ROUNDINGS[rounding](damping=damping).round(problem.aim, problem.grid, problem.statistics)
+    assert bool(rounded.value.isfinite().all())
+    limit = 20 * problem.weight.abs().max()
+    assert float(rounded.value.abs().max()) <= float(limit)
+    needed = rounded.decisions.get("rounding.damping", damping)
+    assert needed >= damping
+    if damping > 0:
+        assert "rounding.damping" not in rounded.decisions
+    if kind == "constant" and damping == 0:
+        assert needed > 0

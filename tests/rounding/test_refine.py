@@ -1,35 +1,104 @@
 """Refinement never raises the quadratic it descends, and leaves codes, grid and value in step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from grids.toy_vector import ToyVectorGrid
 from mezzotint.core.contracts import Aim
 from mezzotint.core.statistics import Accumulator
+from mezzotint.errors import ConfigError
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.registry import ROUNDINGS
-from mezzotint.rounding.refine import Descent, descend_codes, refit_scales
+from mezzotint.rounding.refine import Descent, best_rows, descend_codes, refit_parameters
 from mezzotint.targets.qep import quadratic_of
+
+
+def problem(kind, symmetric=False, scale_dtype="float32", width=96):
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(300, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    inputs[:, 5] = 0
+    sums = Accumulator(width, frozenset(), dtype=torch.float64)
+    sums.add(inputs)
+    fit = sums.finish()
+    weight = torch.randn(16, width, generator=generator, dtype=torch.float64) + 0.3
+    grid = UniformGrid(bits=3, group_size=32, symmetric=symmetric, scale_dtype=scale_dtype)
+
+    def round_on(grid):
+        return ROUNDINGS[kind]().round(Aim(matrix=weight), grid, fit)
+
+    return weight, quadratic_of(weight, fit), round_on, grid.fit(weight, fit.importance)
 
 
 @pytest.mark.parametrize("kind", ["nearest", "gptq"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_every_step_lowers_the_quadratic_of_every_row(kind: str, symmetric: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
-    inputs = torch.randn(300, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
-    sums = Accumulator(96, frozenset(), dtype=torch.float64)
-    sums.add(inputs)
-    fit = sums.finish()
-    weight = torch.randn(16, 96, generator=generator, dtype=torch.float64)
-    grid = UniformGrid(bits=3, group_size=32, symmetric=symmetric, scale_dtype="float32").fit(weight, fit.importance)
-    current = ROUNDINGS[kind]().round(Aim(matrix=weight), grid, fit)
-    quadratic = quadratic_of(weight, fit)
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [96, 150])  # the last group is ragged, and there is a second block of columns
+def test_every_step_lowers_the_quadratic_of_every_row(kind, symmetric, scale_dtype, width):
+    weight, quadratic, round_on, grid = problem(kind, symmetric, scale_dtype, width)
+    current = round_on(grid)
     start = last = quadratic.value(current.value)
-    for step in (descend_codes, refit_scales, descend_codes, refit_scales):
+    for step in (descend_codes, refit_parameters, descend_codes, refit_parameters):
         current = step(current, quadratic)
         now = quadratic.value(current.value)
         assert (now <= last + 1e-9 * start).all()
         torch.testing.assert_close(current.value, current.grid.decode(current.code))
         last = now
     assert last.sum() < 0.95 * start.sum()
-    whole = Descent(passes=2).refine(ROUNDINGS[kind]().round(Aim(matrix=weight), grid, fit), quadratic)
+    refitted = current.grid
+    assert torch.equal(refitted.storable(refitted.scale), refitted.scale)
+    assert torch.equal(refitted.allowed(refitted.zero_point), refitted.zero_point)
+    assert not torch.equal(refitted.scale, grid.scale)
+    whole = Descent(passes=2).refine(round_on(grid), weight, quadratic, round_on)
     torch.testing.assert_close(whole.value, current.value)
+
+
+def test_zero_points_are_refitted_where_that_helps():
+    _, quadratic, round_on, grid = problem("nearest")
+    shifted = grid.with_parameters(grid.scale, (grid.zero_point + 2).clamp(0, 7))
+    start = round_on(grid)
+    wrong = replace(start, grid=shifted, value=shifted.decode(start.code))  # codes of another zero point
+    better = refit_parameters(wrong, quadratic)
+    assert (better.grid.zero_point != shifted.zero_point).float().mean() > 0.5
+    assert (quadratic.value(better.value) <= quadratic.value(wrong.value)).all()
+
+
+def test_a_scale_is_the_minimum_along_its_line():
+    _, quadratic, round_on, grid = problem("gptq")
+    found = refit_parameters(round_on(grid.with_parameters(grid.scale * 0.8, grid.zero_point)), quadratic)
+    for factor in (0.99, 1.01):  # of the last group, which nothing moved after
+        scale = found.grid.scale.clone()
+        scale[:, -1] *= factor
+        moved = found.grid.with_parameters(scale, found.grid.zero_point)
+        changed = found.grid.zero_point[:, -1] != grid.zero_point[:, -1]  # its zero point moved after its scale
+        worse = quadratic.value(moved.decode(found.code)) >= quadratic.value(found.value)
+        assert (worse | changed).all()
+        assert not changed.all()
+
+
+@pytest.mark.parametrize("starts", [("nearest",), ("clipped",), ("refitted",), ("nearest", "clipped", "refitted")])
+def test_more_starts_are_never_worse_in_any_row(starts):
+    weight, quadratic, round_on, grid = problem("gptq")
+    alone = Descent().refine(round_on(grid), weight, quadratic, round_on)
+    joint = Descent(starts=starts).refine(round_on(grid), weight, quadratic, round_on)
+    losses = [quadratic.value(found.value) for found in (alone, joint)]
+    assert (losses[1] <= losses[0] + 1e-9).all()
+    assert losses[1].sum() < losses[0].sum()
+    torch.testing.assert_close(joint.value, joint.grid.decode(joint.code))
+
+
+def test_the_best_rows_are_taken_with_their_parameters():
+    _, quadratic, round_on, grid = problem("nearest")
+    wide = round_on(grid.with_parameters(grid.scale * 1.5, grid.zero_point))
+    mixed = best_rows([wide, round_on(grid)], quadratic)
+    expected = torch.minimum(quadratic.value(wide.value), quadratic.value(round_on(grid).value))
+    torch.testing.assert_close(quadratic.value(mixed.value), expected)
+    torch.testing.assert_close(mixed.value, mixed.grid.decode(mixed.code))
+
+
+def test_other_grids_are_refused():
+    weight, quadratic, round_on, _ = problem("nearest")
+    rounded = round_on(ToyVectorGrid(tile=(1, 2)).fit(weight, None))
+    with pytest.raises(ConfigError, match=r"for uniform grids, not for 'toy'"):
+        Descent().refine(rounded, weight, quadratic, round_on)

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mezzotint.core.linalg import DAMPING_LADDER
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError, NotPositiveDefiniteError
 from mezzotint.grids.uniform import UniformGrid
+from mezzotint.targets.loaq import Loaq
 from mezzotint.targets.qep import AUTO_ALPHAS, AUTO_DAMPINGS, Qep, quadratic_of
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import ProblemSettings, Tokens, make_tokens, make_weight
@@ -186,13 +188,24 @@ def test_singular_inputs_give_finite_aims_that_lose_nothing(kind, dtype, damping
     assert loss <= before * (1 + 1e-5) + 1e-9
 
 
-def test_singular_inputs_without_damping_are_refused():
+@pytest.mark.parametrize("target", [Qep(alpha=1.0, damping=0.0), Loaq(damping=0.0)])
+def test_singular_inputs_get_the_damping_they_need_and_say_so(target):
     weight, tokens = difficult_tokens("few tokens", torch.float64)
     statistics = tokens.statistics()
     # of rank one exactly, so that no rounding error makes it definite
     ones = replace(statistics, gram=torch.ones_like(statistics.gram))
+    aim = target.aim(weight, ones, None)
+    assert aim.decisions["target.damping"] == DAMPING_LADDER[0]
+    expected = replace(target, damping=DAMPING_LADDER[0]).aim(weight, ones, None)
+    torch.testing.assert_close(aim.matrix, expected.matrix, rtol=0, atol=0)
+    assert "target.damping" not in expected.decisions
+
+
+def test_what_is_no_sum_of_squares_is_refused():
+    weight, tokens = well_conditioned(seed=0)
+    statistics = tokens.statistics()
     with pytest.raises(NotPositiveDefiniteError, match="Raise `damping`"):
-        Qep(alpha=1.0, damping=0.0).aim(weight, ones, None)
+        Qep(alpha=1.0, damping=0.0).aim(weight, replace(statistics, gram=-statistics.gram), None)
 
 
 def test_needs_both_streams_and_auto_needs_held_out_tokens():

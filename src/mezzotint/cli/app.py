@@ -249,18 +249,59 @@ def evaluate(
 @app.command()
 def inspect(
     *,
-    folder: Annotated[Path, typer.Argument(help="A folder that mezzotint made.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that mezzotint made; with --drift, an original.", show_default=False)
+    ],
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Quantize the first blocks only and follow their error to the last one.")
+    ] = False,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", help="With --drift: to compare; give several.")
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", help="With --drift: how many to quantize.")] = 10,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="With --drift: a .png or .svg with one line a recipe.")
+    ] = None,
+    bits: BitsOption = None,
+    calibration: CalibrationOption = "self",
+    samples: Samples = "auto",
+    seqlen: Seqlen = "auto",
+    settings: Set = None,
+    seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Show what was done to a quantized folder: bits, sizes, errors per matrix."""
+    """Show what was done to a quantized folder: bits, sizes, errors; with --drift, how errors travel in a model."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline.report import read_report
+        if not drift:
+            from mezzotint.pipeline.report import read_report
 
-        report = read_report(folder)
+            report = read_report(folder)
+            if not as_json:
+                tables.show_report(report, Console())
+            return report
+        from mezzotint.cli.plots import check_plot, plot_drift
+        from mezzotint.pipeline.drift import measure_drift
+
+        check_plot(plot)
+        text = CalibrationRequest(
+            source=calibration, samples=_count("samples", samples), seqlen=_count("seqlen", seqlen)
+        )
+        requests = [
+            make_request(
+                folder, recipe=name, bits=bits, engine="dense", calibration=text, keep=None, settings=settings,
+                seed=seed, device=device, memory=None, trust_remote_code=False,
+            )
+            for name in recipe or ("rtn", "qep-rtn")
+        ]  # fmt: skip
+        with tables.bar(errors, "following the streams") as progress:
+            found = measure_drift(requests, blocks, progress)
+        if plot is not None:
+            plot_drift(found, plot)
         if not as_json:
-            tables.show_report(report, Console())
-        return report
+            tables.show_drift(found, Console())
+        return {"drift": [asdict(one) for one in found], "plot": None if plot is None else str(plot)}
 
     _finish(work, as_json)
 

@@ -1,7 +1,7 @@
 """What people see: tables and progress."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
@@ -172,6 +172,17 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
         f"{report['bits_per_weight']:.3f} bits per weight, {size(report['output_bytes'])}, made in "
         f"{report['seconds']:.1f} s with at most {size(report['peak_rss_bytes'])}"
     )
+
+
+def show_drift(found: Sequence[Any], console: Console) -> None:
+    """Relative error of the stream behind every block, a column a recipe."""
+    table = Table(title=f"error behind each block, the first {found[0].blocks} quantized")
+    table.add_column("block", justify="right")
+    for one in found:
+        table.add_column(one.recipe, justify="right")
+    for index in range(len(found[0].relative)):
+        table.add_row(str(index), *(f"{one.relative[index]:.3%}" for one in found))
+    console.print(table)
 
 
 def show_recipes(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:

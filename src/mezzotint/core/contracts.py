@@ -6,7 +6,7 @@ matrix seen as ``[out, in]``. A new grid, transform, target, rounding or format 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEd
 
 __all__ = [
     "Affine",
+    "AffineGrid",
     "Aim",
     "Basis",
     "Bits",
@@ -73,10 +74,19 @@ class Aim:
 
 @runtime_checkable
 class Target(Protocol):
-    """Chooses the matrix to approximate."""
+    """Chooses the matrix to approximate.
+
+    Attributes:
+        norm_scale: where a residual is collected, inputs and stream of each token are divided by the root mean square
+            of the stream that its output makes: of each stream's own (``own``), of the full-precision one for both
+            (``original``), or not at all (``none``).
+    """
 
     kind: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+
+    @property
+    def norm_scale(self) -> Literal["none", "own", "original"]: ...  # noqa: D102
 
     def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
         """The aim for ``weight``; ``fit`` and ``held_out`` are disjoint sets of tokens."""
@@ -253,12 +263,41 @@ class FittedGrid(Protocol):
         """The grid of ``factor`` times the values."""
         ...
 
-    def storable(self, scale: Tensor) -> Tensor:
-        """Scales rounded to the dtype they are stored in; only asked of an affine grid."""
+
+@runtime_checkable
+class AffineGrid(FittedGrid, Protocol):
+    """A fitted grid of values ``scale * (code - zero_point)`` per ``[out, group]``: what refinement can improve."""
+
+    @property
+    def scale(self) -> Float[Tensor, "out groups"]: ...  # noqa: D102
+    @property
+    def zero_point(self) -> Float[Tensor, "out groups"]: ...  # noqa: D102
+    @property
+    def group_size(self) -> int: ...  # noqa: D102
+
+    def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Scales rounded to the dtype they are stored in."""
         ...
 
-    def with_scale(self, scale: Float[Tensor, "out groups"]) -> "FittedGrid":
-        """The grid with other scales; only asked of an affine grid."""
+    def allowed(self, zero_point: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The nearest zero points that can be stored."""
+        ...
+
+    def with_parameters(
+        self, scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]
+    ) -> "AffineGrid":
+        """The grid with other parameters, which can be stored exactly."""
+        ...
+
+    def descend_(
+        self,
+        code: Tensor,
+        value: Float[Tensor, "out k"],
+        gradient: Float[Tensor, "out k"],
+        gram: Float[Tensor, "k k"],
+        columns: Int[Tensor, " k"],
+    ) -> None:
+        """Move columns to their best codes in turn: `mezzotint.kernels.descend_block_`. Modifies code and value."""
         ...
 
 
@@ -269,12 +308,14 @@ class Rounded:
     Attributes:
         value: what the codes decode to, ``[out, in]``.
         before: the values at the moment of rounding: plain rounding of them gives the codes.
+        decisions: what was chosen and why, for the report.
     """
 
     code: Tensor
     grid: FittedGrid
     value: Float[Tensor, "out in"]
     before: Float[Tensor, "out in"] | None = None
+    decisions: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -283,8 +324,17 @@ class Refinement(Protocol):
 
     kind: ClassVar[str]
 
-    def refine(self, rounded: Rounded, quadratic: Quadratic) -> Rounded:
-        """A result whose quadratic is at most that of ``rounded``."""
+    def refine(
+        self,
+        rounded: Rounded,
+        target: Float[Tensor, "out in"],
+        quadratic: Quadratic,
+        round_on: Callable[[FittedGrid], Rounded],
+    ) -> Rounded:
+        """A result whose quadratic is at most that of ``rounded``, row by row.
+
+        ``round_on`` rounds the target again, in the same way, on another grid.
+        """
         ...
 
 

@@ -1,5 +1,6 @@
 """Damping and factorisations; nothing else in the package factors a matrix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mezzotint.errors import NotPositiveDefiniteError
+
+DAMPING_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,10 +19,12 @@ class Factor:
     Attributes:
         upper: ``[in, in]``, rows and columns in visiting order.
         permutation: ``upper[k]`` belongs to column ``permutation[k]``; None is the natural order.
+        damping: that it was made with.
     """
 
     upper: Float[Tensor, "in in"]
     permutation: Int[Tensor, " in"] | None
+    damping: float
 
     @property
     def columns(self) -> Int[Tensor, " in"]:
@@ -71,11 +76,25 @@ def inverse_cholesky_upper(
     lower = lower.flip(0, 1)
     identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=True)
-    return Factor(upper=upper, permutation=permutation)
+    return Factor(upper=upper, permutation=permutation, damping=damping)
 
 
-def cholesky_upper(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """``R`` upper triangular with ``R' R`` the damped Hessian.
+def with_enough_damping(factorise: Callable[[float], Factor], damping: float) -> Factor:
+    """The factor at ``damping`` or, where that is not definite in this precision, at the least of a ladder that is.
+
+    Raises:
+        NotPositiveDefiniteError: not even at the top of the ladder: the matrix is no sum of squares.
+    """
+    for higher in (step for step in DAMPING_LADDER if step > damping):
+        try:
+            return factorise(damping)
+        except NotPositiveDefiniteError:
+            damping = higher
+    return factorise(damping)
+
+
+def cholesky_upper(gram: Float[Tensor, "in in"], damping: float) -> Factor:
+    """``R`` upper triangular with ``R' R`` the damped Hessian, as the ``upper`` of a factor.
 
     Raises:
         NotPositiveDefiniteError: names the column at which the factorisation broke down.
@@ -83,7 +102,7 @@ def cholesky_upper(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor
     upper, info = torch.linalg.cholesky_ex(damped(gram, damping), upper=True)
     if int(info) != 0:
         raise _not_definite(gram, damping, int(info) - 1)
-    return upper
+    return Factor(upper=upper, permutation=None, damping=damping)
 
 
 def _not_definite(gram: Float[Tensor, "in in"], damping: float, column: int) -> NotPositiveDefiniteError:

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mezzotint.core.linalg import Factor, cholesky_upper, inverse_cholesky_upper
+from mezzotint.core.linalg import Factor, cholesky_upper, inverse_cholesky_upper, with_enough_damping
+
+_PANEL = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,23 +74,25 @@ class Statistics:
         return (tiles[:, None] * tile + torch.arange(tile, device=tiles.device)).flatten()
 
     def factor(self, damping: float, order: str = "natural", tile: int = 1) -> Factor:
-        """Cached factor of the damped Hessian, see `inverse_cholesky_upper`."""
+        """Cached factor of the damped Hessian, see `inverse_cholesky_upper`, with as much damping as it needs."""
         key = (damping, order, tile)
         if key not in self._factors:
             permutation = self.order(order, tile)
-            self._factors[key] = inverse_cholesky_upper(self.gram, damping=damping, permutation=permutation)
+            self._factors[key] = with_enough_damping(
+                lambda used: inverse_cholesky_upper(self.gram, damping=used, permutation=permutation), damping
+            )
+        return self._factors[key]
+
+    def ridge(self, damping: float) -> Factor:
+        """Cached factor ``R`` of ``gram + damping * mean(diag) I = R' R``, with as much damping as it needs."""
+        key = (damping, "ridge", 1)
+        if key not in self._factors:
+            self._factors[key] = with_enough_damping(lambda used: cholesky_upper(self.gram, used), damping)
         return self._factors[key]
 
     def solve(self, right: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
-        """``right (gram + damping * mean(diag) I)^-1``; the Cholesky factor is cached.
-
-        Raises:
-            NotPositiveDefiniteError: names the column at which the factorisation broke down.
-        """
-        key = (damping, "ridge", 1)
-        if key not in self._factors:
-            self._factors[key] = Factor(upper=cholesky_upper(self.gram, damping), permutation=None)
-        return torch.cholesky_solve(right.t(), self._factors[key].upper, upper=True).t()
+        """``right (gram + damping * mean(diag) I)^-1``, at the damping of `ridge`."""
+        return torch.cholesky_solve(right.t(), self.ridge(damping).upper, upper=True).t()
 
 
 class Accumulator:
@@ -150,7 +154,10 @@ class Accumulator:
         xh = quantized.to(self.gram.dtype)
         weighted = xh if weights is None else xh * weights.to(xh.dtype).unsqueeze(-1)
         self.tokens += float(xh.shape[0] if weights is None else weights.sum(dtype=torch.float64))
-        self.gram.addmm_(weighted.t(), xh)
+        # symmetric: what lies left of each panel's diagonal block is filled in at the end
+        for start in range(0, xh.shape[1], _PANEL):
+            end = start + _PANEL
+            self.gram[start:end, start:].addmm_(weighted[:, start:end].t(), xh[:, start:])
         if self.drift is not None and original is not None:
             self.drift.addmm_((original.to(xh.dtype) - xh).t(), weighted)
         if self.residual is not None and residual is not None:
@@ -160,6 +167,9 @@ class Accumulator:
 
     def finish(self) -> Statistics:
         """The sums so far (not copied)."""
+        for start in range(_PANEL, self.gram.shape[1], _PANEL):
+            end = start + _PANEL
+            self.gram[start:end, :start] = self.gram[:start, start:end].t()
         return Statistics(
             tokens=self.tokens,
             gram=self.gram,

@@ -192,9 +192,29 @@ class FittedUniform:
         """Scales rounded to the dtype they are stored in."""
         return scale.to(self.grid.storage_dtype).to(scale.dtype)
 
-    def with_scale(self, scale: Float[Tensor, "out groups"]) -> "FittedUniform":
-        """The grid with other scales, which the storage dtype represents exactly."""
-        return replace(self, scale=scale)
+    def allowed(self, zero_point: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Whole numbers from 0 to ``2^bits - 1``; only the middle where the grid is symmetric."""
+        if self.grid.symmetric:
+            return torch.full_like(zero_point, 2.0 ** (self.grid.bits - 1))
+        return zero_point.round().clamp(0, 2**self.grid.bits - 1)
+
+    def with_parameters(
+        self, scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]
+    ) -> "FittedUniform":
+        """The grid with other parameters, which can be stored exactly."""
+        return replace(self, scale=scale, zero_point=zero_point)
+
+    def descend_(
+        self,
+        code: UInt8[Tensor, "out in"],
+        value: Float[Tensor, "out k"],
+        gradient: Float[Tensor, "out k"],
+        gram: Float[Tensor, "k k"],
+        columns: Int[Tensor, " k"],
+    ) -> None:
+        """Move columns to their best codes in turn, in one call of the compiled kernel."""
+        scale, zero_point = self._of_columns(columns)
+        code.index_copy_(1, columns, kernels.descend_block_(value, gradient, gram, scale, zero_point, self.grid.bits))
 
     def take_rows(self, rows: slice) -> "FittedUniform":
         """The grid of some rows."""

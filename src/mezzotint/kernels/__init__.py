@@ -6,6 +6,7 @@ the same bits, whatever the number of threads.
 
 from mezzotint.kernels._dispatch import available_levels
 from mezzotint.kernels.affine import affine_decode, affine_encode, min_max
+from mezzotint.kernels.descend import descend_block_
 from mezzotint.kernels.gptq import gptq_block_
 from mezzotint.kernels.packing import pack_bits, unpack_bits
 from mezzotint.kernels.ranges import min_max_range, search_range
@@ -14,6 +15,7 @@ __all__ = [
     "affine_decode",
     "affine_encode",
     "available_levels",
+    "descend_block_",
     "gptq_block_",
     "min_max",
     "min_max_range",

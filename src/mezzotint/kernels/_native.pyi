@@ -42,3 +42,14 @@ def gptq(
     threads: int,
     level: str,
 ) -> None: ...
+def descend(
+    value: Tensor,
+    gradient: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    code: Tensor,
+    bits: int,
+    threads: int,
+    level: str,
+) -> None: ...

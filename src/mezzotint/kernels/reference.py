@@ -212,3 +212,25 @@ def gptq_block_(
         code[:, j] = chosen.to(torch.uint8)
         work[:, j + 1 :] -= error[:, j, None] * factor[j, j + 1 :]
     return code, error
+
+
+def descend_block_(
+    value: Float[Tensor, "rows k"],
+    gradient: Float[Tensor, "rows k"],
+    gram: Float[Tensor, "k k"],
+    scale: Float[Tensor, "rows k"],
+    zero_point: Float[Tensor, "rows k"],
+    bits: int,
+) -> UInt8[Tensor, "rows k"]:
+    """Modifies `value`; see `mezzotint.kernels.descend_block_`."""
+    gradient = gradient.to(value.dtype).clone()
+    gram, scale, zero_point = (t.to(value.dtype) for t in (gram, scale, zero_point))
+    code = torch.empty_like(value, dtype=torch.uint8)
+    for j in range(value.shape[1]):
+        ideal = value[:, j] - gradient[:, j] / gram[j, j] if gram[j, j] > 0 else value[:, j]
+        chosen = _encode(ideal, scale[:, j], zero_point[:, j], bits)
+        now = scale[:, j] * (chosen - zero_point[:, j])
+        gradient[:, j + 1 :] += (now - value[:, j])[:, None] * gram[j, j + 1 :]
+        value[:, j] = now
+        code[:, j] = chosen.to(torch.uint8)
+    return code

@@ -7,7 +7,7 @@ from typing import Any
 
 import greenlet
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -281,27 +281,3 @@ def _expert_stop(indices: Mapping[str, int]) -> Callable[[str, Mapping[int, Tens
             _stop(indices[attribute], by_expert)
 
     return callback
-
-
-def token_weights(mask: Bool[Tensor, "windows seqlen"] | None, inputs: Inputs) -> Float[Tensor, " tokens"] | None:
-    """Weight of each row of the inputs: zero for padding, which never enters a statistic."""
-    if mask is None:
-        return None
-    flat = mask.flatten().to(inputs.values.dtype)
-    return flat if inputs.tokens is None else flat[inputs.tokens]
-
-
-def aligned(original: Inputs, quantized: Inputs) -> Float[Tensor, "tokens in"]:
-    """The full-precision stream's inputs of the tokens that the quantized stream has, row for row.
-
-    An expert may get other tokens in the two streams; where the full-precision stream has none, the quantized one's
-    row stands in, so that the token counts as without drift.
-    """
-    if original.tokens is None or quantized.tokens is None:
-        return original.values
-    values = quantized.values.clone()
-    both = torch.isin(quantized.tokens, original.tokens)
-    order = torch.argsort(original.tokens)
-    places = torch.searchsorted(original.tokens[order], quantized.tokens[both])
-    values[both] = original.values[order[places]]
-    return values

@@ -68,8 +68,13 @@ class Planned:
         return [(e.matrix, self.shapes[e.matrix][0] * self.shapes[e.matrix][1]) for e in self.plan.entries]
 
 
-def make_plan(source: Source, request: Request) -> Planned:
+def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> Planned:
     """Decide everything, or say what cannot be done.
+
+    Args:
+        source: the original.
+        request: what is asked for.
+        calibrate: plan calibration even if no stage needs it.
 
     Raises:
         ConfigError: a pattern matches nothing, nothing is left to quantize, stages do not fit together.
@@ -82,7 +87,9 @@ def make_plan(source: Source, request: Request) -> Planned:
         raise ConfigError(f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule.")
     form, because = _format(source, entries, request)
     layout = make_layout(source, entries, form)
-    calibration = _calibration(source, entries, request)
+    calibration = None
+    if calibrate or any(entry.needs for entry in entries):
+        calibration = _calibration(source, entries, request)
     costs = estimate(source, entries, calibration=calibration, memory=request.memory)
     plan = Plan(
         entries=tuple(entries),
@@ -202,9 +209,7 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
     return form, because
 
 
-def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan | None:
-    if not any(entry.needs for entry in entries):
-        return None
+def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan:
     asked = request.calibration
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     seqlen = asked.seqlen or min(SELF_SEQLEN if asked.source == "self" else TEXT_SEQLEN, longest or TEXT_SEQLEN)

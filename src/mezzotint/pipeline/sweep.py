@@ -15,7 +15,6 @@ from mezzotint.core.contracts import (
     Matrix,
     Quadratic,
     QuantizedWeight,
-    Refinement,
     Rounded,
 )
 from mezzotint.core.files import Entry
@@ -23,9 +22,10 @@ from mezzotint.core.metrics import h_error
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import MezzotintError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
-from mezzotint.pipeline.capture import BlockRun, aligned, stops, token_weights
+from mezzotint.pipeline.capture import BlockRun, stops
 from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.streams import Streams
+from mezzotint.pipeline.tokens import Compared, aligned, normed, token_weights
 from mezzotint.targets.qep import quadratic_of
 
 Sink = Callable[[Matrix, QuantizedWeight], None]
@@ -79,6 +79,7 @@ class Sweep:
         sink: takes each finished matrix.
         notify: told of every record.
         device: where blocks and statistics live.
+        to_the_end: run the streams through every block, also behind the last that needs statistics.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Sweep:
         sink: Sink,
         notify: Callable[[MatrixRecord | BlockRecord], None],
         device: str = "cpu",
+        to_the_end: bool = False,
     ) -> None:
         self._source = source
         self._entries = {entry.matrix: entry for entry in entries}
@@ -100,7 +102,7 @@ class Sweep:
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
         self._head_needs = head in self._entries and bool(self._entries[head].needs)
-        self._last_streamed = len(source.map.blocks) - 1 if self._head_needs else max(needing, default=-1)
+        self._last_streamed = len(source.map.blocks) - 1 if self._head_needs or to_the_end else max(needing, default=-1)
 
     def run(self) -> None:
         """All blocks, then the head if it is to be quantized."""
@@ -182,6 +184,7 @@ class Sweep:
         needs = self._group_needs(group.matrices)
         if not group.added_to_residual or group.experts:
             needs -= {"residual"}
+        scaling = self._scaling(group) if "residual" in needs else None
         sums = {
             (expert, held): Accumulator(width, needs, rows=matrices[0].shape[0], device=self._device)
             for expert, width in widths.items()
@@ -191,15 +194,20 @@ class Sweep:
             reached = run.reach(position)
             originals = streams.original_inputs(index, position) if "drift" in needs else {}
             for expert, inputs in reached.items():
-                original = originals.get(expert)
-                residual = None
-                if original is not None and original.stream is not None and inputs.stream is not None:
-                    residual = original.stream - inputs.stream
+                # without a row of the full-precision stream, tokens count as without drift
+                original = originals.get(expert, inputs)
+                compared = Compared(
+                    quantized=inputs.values,
+                    original=aligned(original, inputs),
+                    stream=inputs.stream,
+                    original_stream=original.stream,
+                )
+                if scaling is not None:
+                    compared = scaling(compared)
                 sums[expert, batch.held_out].add(
-                    inputs.values,
-                    # without a row of the full-precision stream, tokens count as without drift
-                    original=inputs.values if original is None else aligned(original, inputs),
-                    residual=residual,
+                    compared.quantized,
+                    original=compared.original,
+                    residual=compared.residual,
                     weights=token_weights(batch.mask, inputs),
                 )
         finished = {key: value.finish() for key, value in sums.items()}
@@ -211,6 +219,18 @@ class Sweep:
                     "text in float32, or an earlier weight is broken; check the original with `mezzotint evaluate`."
                 )
         return {expert: (finished[expert, False], finished[expert, True]) for expert in widths}
+
+    def _scaling(self, group: InputGroup) -> Callable[[Compared], Compared] | None:
+        """What a target that looks through the next norm does to the tokens of a group."""
+        name = next(name for name in group.matrices if name in self._entries)
+        kind = self._entries[name].target.norm_scale
+        if kind == "none":
+            return None
+        matrix = self._source.map.matrices[name]
+        parameters = self._source.skeleton.get_parameter
+        weight = matrix.view(parameters(matrix.parameter).data)
+        bias = None if matrix.bias is None else parameters(matrix.bias).data
+        return lambda compared: normed(compared, weight, bias, own=kind == "own")
 
     def _quantize(self, matrix: Matrix, weight: Tensor, fit: Statistics | None, held_out: Statistics | None) -> Tensor:
         """Target, grid, rounding; hands the result on and returns its dense value."""
@@ -228,11 +248,12 @@ class Sweep:
             aim = entry.target.aim(weight, used, held_out)
             importance = None if used is None else used.importance
             rounded = entry.rounding.round(aim, entry.grid.fit(aim.matrix, importance), used)
+            decisions.update(rounded.decisions)
             if entry.refinement is not None and used is not None:
                 judge = None
                 if held_out is not None and held_out.tokens > 0:
                     judge = quadratic_of(weight.to(aim.matrix.dtype), held_out)
-                rounded, decisions["refinement"] = refined(entry.refinement, rounded, aim, used, judge)
+                rounded, decisions["refinement"] = refined(entry, rounded, aim, used, judge)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -255,19 +276,18 @@ class Sweep:
         return value
 
 
-def refined(
-    refinement: Refinement, rounded: Rounded, aim: Aim, fit: Statistics, judge: Quadratic | None
-) -> tuple[Rounded, str]:
+def refined(entry: Entry, rounded: Rounded, aim: Aim, fit: Statistics, judge: Quadratic | None) -> tuple[Rounded, str]:
     """The refined result if it is better on the held-out windows, else the one it started from, and which it is.
 
     What is descended is the distance to the aim, with all the restraint of its strength and damping; what judges is the
     loss itself, on other tokens.
     """
+    assert entry.refinement is not None
     if judge is None:
         return rounded, "refused: nothing is held out to judge it on"
     cross = aim.matrix @ fit.gram.to(aim.matrix.dtype)
     near = Quadratic(gram=fit.gram, cross=cross, const=(cross * aim.matrix).sum(-1))
-    better = refinement.refine(rounded, near)
+    better = entry.refinement.refine(rounded, aim.matrix, near, lambda grid: entry.rounding.round(aim, grid, fit))
     before, after = float(judge.value(rounded.value).sum()), float(judge.value(better.value).sum())
     return (better, "accepted") if after < before else (rounded, "refused: worse on the held-out windows")
 

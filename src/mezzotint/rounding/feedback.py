@@ -31,3 +31,8 @@ def check_drift(kind: str, aim: Aim, fit: Statistics | None) -> tuple[Statistics
     if aim.corrected:
         raise ConfigError(f"rounding {kind!r} corrects for drift itself; with a corrected target that counts twice.")
     return fit, fit.drift
+
+
+def damping_needed(name: str, used: float, asked: float) -> dict[str, float | str]:
+    """What the report says where a Hessian needed more damping than was asked for."""
+    return {} if used == asked else {name: used}

@@ -8,7 +8,7 @@ import torch
 from mezzotint.core.contracts import Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
-from mezzotint.rounding.feedback import check_settings
+from mezzotint.rounding.feedback import check_settings, damping_needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Gptq:
 
         Raises:
             ConfigError: there are no statistics.
-            NotPositiveDefiniteError: the damped Hessian cannot be factored.
+            NotPositiveDefiniteError: the Hessian cannot be factored with any damping.
         """
         if fit is None:
             raise ConfigError("rounding 'gptq' needs calibration statistics; give calibration text or use 'nearest'.")
@@ -58,4 +58,10 @@ class Gptq:
             work[:, end:].addmm_(error, upper[start:end, end:], alpha=-1)
         before = torch.empty_like(work)
         before.index_copy_(1, columns, work)
-        return Rounded(code=code, grid=grid, value=grid.decode(code), before=before)
+        return Rounded(
+            code=code,
+            grid=grid,
+            value=grid.decode(code),
+            before=before,
+            decisions=damping_needed("rounding.damping", factor.damping, self.damping),
+        )

@@ -7,7 +7,7 @@ import torch
 
 from mezzotint.core.contracts import Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
-from mezzotint.rounding.feedback import check_drift, check_settings
+from mezzotint.rounding.feedback import check_drift, check_settings, damping_needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Qronos:
         pull = w @ drift.to(w.dtype)
         row = fit.gram[first[0]].to(w.dtype)
         # the ridge is in H and G alike: it makes W, not 0, what weak directions fall back to
-        diagonal = row[first] + self.damping * fit.gram.diagonal().mean()
+        diagonal = row[first] + factor.damping * fit.gram.diagonal().mean()
         ideal = w[:, first]
         if float(diagonal) > 0:  # else the input was never seen
             ideal = ideal + pull[:, first] / diagonal
@@ -69,4 +69,10 @@ class Qronos:
             error = grid.feed_(code, piece, later[block, block].contiguous(), rest[block])
             work[:, block.stop :].addmm_(error, later[block, block.stop :], alpha=-1)
             before.index_copy_(1, rest[block], piece)
-        return Rounded(code=code, grid=grid, value=grid.decode(code), before=before)
+        return Rounded(
+            code=code,
+            grid=grid,
+            value=grid.decode(code),
+            before=before,
+            decisions=damping_needed("rounding.damping", factor.damping, self.damping),
+        )

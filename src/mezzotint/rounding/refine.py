@@ -1,16 +1,20 @@
-"""Refinement: coordinate descent over codes and scales on the layer's quadratic, from any rounding's result."""
+"""Refinement: coordinate descent over codes, scales and zero points on the layer's quadratic, from several starts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mezzotint.core.contracts import Quadratic, Rounded
+from mezzotint.core.contracts import AffineGrid, FittedGrid, Quadratic, Rounded
 from mezzotint.errors import ConfigError
 
+Start = Literal["nearest", "clipped", "refitted"]
+
 _BLOCK = 128
+_CLIPPED = (0.9, 0.8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,30 +22,84 @@ class Descent:
     """Settings of the refinement (MATH.md section 10: the layer-wise part of PV-Tuning).
 
     Each pass visits every column once: with all else fixed, the best value of weight j is ``v_j - r_j / G_jj`` with the
-    gradient ``r = V G - C``, and rounding it to the grid never raises the quadratic. Then each group's scale is
-    refitted to its codes and kept where it lowers the quadratic after rounding to its storage dtype.
+    gradient ``r = V G - C``, and rounding it to the grid never raises the quadratic. Then each group's scale and zero
+    point are refitted to its codes and kept where they lower it.
 
     Attributes:
         passes: sweeps over all columns.
-        scales: refit scales after each pass.
+        parameters: refit scales and zero points after each pass.
+        starts: descend from these too, and keep the best of every row: ``nearest``, the codes nearest to the target;
+            ``clipped``, the rounding on scales of 0.9 and 0.8 of the fitted ones; ``refitted``, the rounding on the
+            parameters that the best so far ended with.
     """
 
     kind: ClassVar[str] = "descent"
     passes: int = 2
-    scales: bool = True
+    parameters: bool = True
+    starts: tuple[Start, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.passes <= 100:
             raise ConfigError(f"refinement.passes is {self.passes}; it must be from 1 to 100.")
 
-    def refine(self, rounded: Rounded, quadratic: Quadratic) -> Rounded:
-        """Codes and grid with a quadratic that is at most that of ``rounded``, row by row up to rounding."""
+    def refine(
+        self,
+        rounded: Rounded,
+        target: Float[Tensor, "out in"],
+        quadratic: Quadratic,
+        round_on: Callable[[FittedGrid], Rounded],
+    ) -> Rounded:
+        """Codes and grid with a quadratic that is at most that of ``rounded``, row by row up to rounding.
+
+        Raises:
+            ConfigError: the grid has no scales and zero points to refit.
+        """
+        grid = rounded.grid
+        if not isinstance(grid, AffineGrid):
+            raise ConfigError(
+                f"refinement 'descent' is for uniform grids, not for {grid.grid.kind!r}; set refinement.kind=none."
+            )
+        found = [self._descended(rounded, quadratic)]
+        if "nearest" in self.starts:
+            code = grid.encode(target)
+            found.append(self._descended(Rounded(code=code, grid=grid, value=grid.decode(code)), quadratic))
+        if "clipped" in self.starts:
+            for factor in _CLIPPED:
+                narrow = grid.with_parameters(grid.storable(grid.scale * factor), grid.zero_point)
+                found.append(self._descended(round_on(narrow), quadratic))
+        best = best_rows(found, quadratic)
+        if "refitted" in self.starts:
+            best = best_rows([best, self._descended(round_on(best.grid), quadratic)], quadratic)
+        return best
+
+    def _descended(self, rounded: Rounded, quadratic: Quadratic) -> Rounded:
         current = rounded
         for _ in range(self.passes):
             current = descend_codes(current, quadratic)
-            if self.scales:
-                current = refit_scales(current, quadratic)
+            if self.parameters:
+                current = refit_parameters(current, quadratic)
         return current
+
+
+def best_rows(found: Sequence[Rounded], quadratic: Quadratic) -> Rounded:
+    """Of each row the one with the lowest quadratic; on the same kind of affine grid, with codes ``[out, in]``."""
+    best = found[0]
+    least = quadratic.value(best.value)
+    for other in found[1:]:
+        loss = quadratic.value(other.value)
+        better = (loss < least)[:, None]
+        least = torch.minimum(loss, least)
+        grid, others = best.grid, other.grid
+        assert isinstance(grid, AffineGrid)
+        assert isinstance(others, AffineGrid)
+        best = Rounded(
+            code=torch.where(better, other.code, best.code),
+            grid=grid.with_parameters(
+                torch.where(better, others.scale, grid.scale), torch.where(better, others.zero_point, grid.zero_point)
+            ),
+            value=torch.where(better, other.value, best.value),
+        )
+    return best
 
 
 def descend_codes(rounded: Rounded, quadratic: Quadratic) -> Rounded:
@@ -51,52 +109,58 @@ def descend_codes(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     by one matrix product per block, so a pass costs about one GPTQ.
     """
     grid = rounded.grid
+    assert isinstance(grid, AffineGrid)
     gram = quadratic.gram.to(rounded.value.dtype)
-    curvature = gram.diagonal()
     value, code = rounded.value.clone(), rounded.code.clone()
     gradient = value @ gram - quadratic.cross
     width = value.shape[1]
     for start in range(0, width, _BLOCK):
         block = slice(start, min(start + _BLOCK, width))
-        local = gradient[:, block].contiguous()
         before = value[:, block].clone()
-        for j in range(block.start, block.stop):
-            if float(curvature[j]) <= 0:
-                continue  # an input that never fires: nothing to gain
-            ideal = value[:, j : j + 1] - local[:, j - start : j - start + 1] / curvature[j]
-            chosen = grid.encode_(code, ideal, torch.tensor([j], device=code.device))
-            local += (chosen - value[:, j : j + 1]) * gram[j, block]
-            value[:, j : j + 1] = chosen
-        gradient += (value[:, block] - before) @ gram[block]
+        now = value[:, block].contiguous()
+        columns = torch.arange(block.start, block.stop, device=code.device)
+        grid.descend_(code, now, gradient[:, block].contiguous(), gram[block, block].contiguous(), columns)
+        value[:, block] = now
+        gradient.addmm_(now - before, gram[block])
     return replace(rounded, code=code, value=value, before=None)
 
 
-def refit_scales(rounded: Rounded, quadratic: Quadratic) -> Rounded:
-    """One pass over all groups: ``s <- s - r c' / (c G c')`` for the group's codes ``c`` less their zero points.
+def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
+    """One pass over all groups: the best scale for the group's codes, then the best zero point, in closed form.
 
-    A new scale is rounded to its storage dtype and kept per row where the quadratic falls.
+    With ``c`` the group's codes less its zero point and ``r`` the gradient: ``s <- s - r c' / (c G c')``, rounded to
+    its storage dtype; and the zero point moves by the whole number nearest to ``r 1' / (1 G 1') / s``. Either is kept
+    per row where the quadratic falls.
     """
-    fitted = rounded.grid
-    affine = fitted.affine
-    if affine is None:
-        return rounded
+    grid = rounded.grid
+    assert isinstance(grid, AffineGrid)
     gram = quadratic.gram.to(rounded.value.dtype)
     value = rounded.value.clone()
-    scale = affine.scale.clone()
+    scale, zero_point = grid.scale.clone(), grid.zero_point.clone()
     gradient = value @ gram - quadratic.cross
+    tiny = torch.finfo(value.dtype).tiny
     for index in range(scale.shape[1]):
-        columns = slice(index * affine.group_size, min((index + 1) * affine.group_size, value.shape[1]))
-        old = scale[:, index : index + 1]
-        shape = value[:, columns] / old  # codes less zero points
-        spread = ((shape @ gram[columns, columns]) * shape).sum(1, keepdim=True)
-        slope = (gradient[:, columns] * shape).sum(1, keepdim=True)
-        new = fitted.storable(old - slope / spread.clamp_min(torch.finfo(spread.dtype).tiny))
-        step = new - old
-        gain = step * step * spread + 2 * step * slope
-        step = torch.where((gain < 0) & (new > 0), step, torch.zeros_like(step))
-        scale[:, index : index + 1] = old + step
-        change: Float[Tensor, "out k"] = step * shape
+        columns = slice(index * grid.group_size, min((index + 1) * grid.group_size, value.shape[1]))
+        here = slice(index, index + 1)
+        local, slope = gram[columns, columns], gradient[:, columns]
+        shape = value[:, columns] / scale[:, here]  # codes less zero point
+        turned = shape @ local
+        pull, bend = (slope * shape).sum(1, keepdim=True), (turned * shape).sum(1, keepdim=True)
+        new = grid.storable(scale[:, here] - pull / bend.clamp_min(tiny))
+        step = _kept(torch.where(new > 0, new - scale[:, here], 0.0), pull, bend)
+        scale[:, here] += step
+        change = step * shape
+        pull, bend = (slope + step * turned).sum(1, keepdim=True), local.sum()
+        wish = grid.allowed(zero_point[:, here] + pull / bend.clamp_min(tiny) / scale[:, here])
+        step = _kept(scale[:, here] * (zero_point[:, here] - wish), pull, bend)
+        zero_point[:, here] = torch.where(step == 0, zero_point[:, here], wish)
+        change += step
         value[:, columns] += change
-        gradient += change @ gram[columns]
-    better = fitted.with_scale(scale)
+        gradient.addmm_(change, gram[columns])
+    better = grid.with_parameters(scale, zero_point)
     return replace(rounded, grid=better, value=better.decode(rounded.code), before=None)
+
+
+def _kept(step: Tensor, slope: Tensor, spread: Tensor) -> Tensor:
+    """The steps that lower ``step^2 spread + 2 step slope``, zero for the others."""
+    return torch.where(step * (step * spread + 2 * slope) < 0, step, torch.zeros_like(step))

@@ -1,7 +1,7 @@
 """LoaQ: aim at the original output of the residual stream, where a linear's output is added to it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,18 +25,28 @@ class Loaq:
         alpha: strength of the correction for the inputs, 0 to 1.
         beta: strength of the correction for the residual stream, 0 to 1.
         damping: lambda as a fraction of the mean diagonal of H.
+        norm_aware: match the stream after the RMSNorm that follows, its scale of each token held fixed: at the scale of
+            each stream's own (``own``, that of the quantized stream estimated before quantization), or at that of the
+            full-precision stream for both (``original``); the same weights enter every statistic of the matrix and its
+            rounding. The paper does not say which scale it holds fixed.
     """
 
     kind: ClassVar[str] = "loaq"
     alpha: float = 0.5
     beta: float = 0.5
     damping: float = 1.0
+    norm_aware: Literal["no", "own", "original"] = "no"
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift", "residual"})
 
     def __post_init__(self) -> None:
         for name, value, limit in (("alpha", self.alpha, 1), ("beta", self.beta, 1), ("damping", self.damping, 100)):
             if not 0 <= value <= limit:
                 raise ConfigError(f"target.{name} is {value}; it must be from 0 to {limit}.")
+
+    @property
+    def norm_scale(self) -> Literal["none", "own", "original"]:
+        """Of ``norm_aware``."""
+        return "none" if self.norm_aware == "no" else self.norm_aware
 
     def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
         """The corrected weight.
@@ -48,8 +58,12 @@ class Loaq:
         if fit is None or fit.drift is None:
             raise ConfigError("target 'loaq' needs statistics of both streams; use target 'weight' instead.")
         pull = self.alpha * (w @ fit.drift)
-        decisions: dict[str, float | str] = {}
         if fit.residual is not None:
             pull = pull + self.beta * fit.residual
+        # where nothing is added unchanged to the stream, this is QEP, and the report says so
+        decisions: dict[str, float | str] = {"beta": 0.0 if fit.residual is None else self.beta}
+        used = fit.ridge(self.damping).damping
+        if used != self.damping:
+            decisions["target.damping"] = used
         matrix = w + fit.solve(pull, self.damping)
         return Aim(matrix=matrix, quadratic=quadratic_of(w, fit), corrected=True, decisions=decisions)

@@ -30,6 +30,7 @@ class Qep:
     kind: ClassVar[str] = "qep"
     alpha: float | Literal["auto"] = 0.5
     damping: float = 1.0
+    norm_scale: ClassVar[Literal["none"]] = "none"
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift"})
 
     def __post_init__(self) -> None:
@@ -50,8 +51,12 @@ class Qep:
         drift = fit.drift
         quadratic = quadratic_of(w, fit, residual=False)
         if self.alpha != "auto":
-            matrix = w + self.alpha * fit.solve(w @ drift, self.damping) if self.alpha > 0 else w
-            return Aim(matrix=matrix, quadratic=quadratic, corrected=self.alpha > 0)
+            if self.alpha == 0:
+                return Aim(matrix=w, quadratic=quadratic)
+            used = fit.ridge(self.damping).damping
+            matrix = w + self.alpha * fit.solve(w @ drift, self.damping)
+            needed = {} if used == self.damping else {"target.damping": used}
+            return Aim(matrix=matrix, quadratic=quadratic, corrected=True, decisions=needed)
         if held_out is None or held_out.drift is None:
             raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
         judge = quadratic_of(w, held_out, residual=False)

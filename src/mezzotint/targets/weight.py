@@ -1,7 +1,7 @@
 """The weight itself as the target."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ class WeightTarget:
     """No correction: approximate the stored weight."""
 
     kind: ClassVar[str] = "weight"
+    norm_scale: ClassVar[Literal["none"]] = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:

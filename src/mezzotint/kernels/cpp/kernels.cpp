@@ -18,11 +18,12 @@ namespace {
 #include "affine.h"
 #include "search.h"
 #include "gptq.h"
+#include "descend.h"
 
 }  // namespace
 
 Kernels table() {
-    return {pack, unpack, encode, decode, min_max, search, gptq};
+    return {pack, unpack, encode, decode, min_max, search, gptq, descend};
 }
 
 }  // namespace MEZZOTINT_LEVEL

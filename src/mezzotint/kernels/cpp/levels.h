@@ -66,6 +66,17 @@ struct GptqArgs {
     float top;
 };
 
+struct DescendArgs {
+    float* value;             // [rows, k], what the codes decode to
+    const float* gradient;    // [rows, k], half the slope of the quadratic
+    const float* gram;        // [k, k], symmetric
+    const float* scale;       // [rows, k]
+    const float* zero_point;  // [rows, k]
+    std::uint8_t* code;       // [rows, k]
+    std::int64_t k;
+    float top;
+};
+
 // Floats of scratch memory each thread has to bring, aligned to 64 bytes.
 inline constexpr std::int64_t kLanes = 16;
 
@@ -77,6 +88,7 @@ struct Kernels {
     void (*min_max)(const MinMaxArgs&, Rows);
     void (*search)(const SearchArgs&, Rows, float* scratch);  // padded + 2 * steps rounded up to 16
     void (*gptq)(const GptqArgs&, Rows, float* scratch);      // 3 * 16 * k
+    void (*descend)(const DescendArgs&, Rows, float* scratch);  // 5 * 16 * k
 };
 
 namespace portable { Kernels table(); }

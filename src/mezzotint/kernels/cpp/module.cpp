@@ -216,6 +216,24 @@ void gptq(Matrix<float> work, Matrix<const float> factor, Matrix<const float> sc
     });
 }
 
+void descend(Matrix<float> value, Matrix<const float> gradient, Matrix<const float> gram, Matrix<const float> scale,
+             Matrix<const float> zero_point, Matrix<std::uint8_t> code, int bits, int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(value, 0), k = size(value, 1);
+    require(size(gram, 0) == k && size(gram, 1) == k, "gram has to be [k, k]");
+    require(same_shape(value, gradient) && same_shape(value, scale) && same_shape(value, zero_point) &&
+                same_shape(value, code),
+            "gradient, scale, zero point and code have to have the shape of value");
+    const DescendArgs a{value.data(), gradient.data(), gram.data(), scale.data(), zero_point.data(), code.data(), k,
+                        top_of(bits)};
+    nb::gil_scoped_release release;
+    const double cost = static_cast<double>(k) * (2.0 + 0.05 * static_cast<double>(k));
+    over_rows(rows, threads, cost, [&](Rows part, std::size_t) {
+        const Scratch scratch(5 * kLanes * k);
+        kernels.descend(a, part, scratch.get());
+    });
+}
+
 std::vector<std::string> available_levels() {
     std::vector<std::string> names;
     for (const Level& level : levels()) names.emplace_back(level.name);
@@ -241,4 +259,6 @@ NB_MODULE(_native, m) {
           at("group_size"), at("bits"), at("span"), at("symmetric"), at("dropped_bits"), at("threads"), at("level"));
     m.def("gptq", &gptq, at("work"), at("factor"), at("scale"), at("zero_point"), at("code"), at("error"), at("bits"),
           at("threads"), at("level"));
+    m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),
+          at("bits"), at("threads"), at("level"));
 }

@@ -1,0 +1,72 @@
+"""Following the error of the first blocks through the rest of the model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.conftest import SMALL, Answer
+from mezzotint.errors import ConfigError
+from mezzotint.models import open_model
+from mezzotint.pipeline.drift import measure_drift
+from pipeline.runs import TINY_LLAMA, quantized, request_of, stock, windows_of
+from pipeline.twins import quantized_twin, run
+
+
+def test_against_two_explicit_models(tmp_path: Path) -> None:
+    """Only the first block quantized: the same differences behind every block, by transformers itself."""
+    options = {"bits": 3, "samples": 16, "engine": "dense"}
+    (found,) = measure_drift([request_of(TINY_LLAMA, "qep-gptq", **options)], 1)
+    quantized(TINY_LLAMA, tmp_path / "out", "qep-gptq", keep=["model.layers.[12].*"], **options)
+    source = open_model(TINY_LLAMA)
+    _, held_out = windows_of(source, request_of(TINY_LLAMA, "qep-gptq", **options))
+    models = stock(TINY_LLAMA, torch.float64), quantized_twin(TINY_LLAMA, tmp_path / "out")
+    before, after = (run(model, source, held_out.tokens, held_out.mask) for model in models)
+    assert len(found.absolute) == len(source.map.blocks)
+    for block, absolute, relative in zip(source.map.blocks, found.absolute, found.relative, strict=True):
+        error = (before[block.path] - after[block.path]).square().mean()
+        assert absolute == pytest.approx(float(error), rel=1e-3)
+        assert relative == pytest.approx(float(error / before[block.path].square().mean()), rel=1e-3)
+
+
+def test_a_recipe_that_needs_no_calibration_is_followed_too() -> None:
+    seen: list[tuple[int, int]] = []
+    requests = [request_of(TINY_LLAMA, name, bits=3, engine="dense") for name in ("rtn", "qep-rtn")]
+    plain, corrected = measure_drift(requests, 2, lambda done, total: seen.append((done, total)))
+    assert (plain.recipe, corrected.recipe) == ("rtn", "qep-rtn")
+    assert plain.absolute[0] > 0
+    assert corrected.relative[1] < plain.relative[1]
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("blocks", [0, 4])
+def test_there_are_only_so_many_blocks(blocks: int) -> None:
+    with pytest.raises(ConfigError, match=f"--blocks is {blocks}; this model has 3"):
+        measure_drift([request_of(TINY_LLAMA, "rtn", engine="dense")], blocks)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mezzotint.cli.app import app
+
+    def run(*arguments: str) -> Answer:
+        result = CliRunner().invoke(app, ["inspect", str(TINY_LLAMA), "--drift", "--bits", "3", *SMALL, *arguments])
+        return Answer(result.exit_code, result.stdout, result.stderr)
+
+    plot = tmp_path / "drift.svg"
+    answer = run("--recipe", "rtn", "--recipe", "gptq", "--blocks", "1", "--plot", str(plot), "--json")
+    assert answer.code == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert [one["recipe"] for one in found["drift"]] == ["rtn", "gptq"]
+    assert all(len(one["absolute"]) == len(one["relative"]) == 3 for one in found["drift"])
+    drawn = plot.read_text(encoding="utf-8")
+    assert drawn.startswith("<?xml")
+    shown = run("--recipe", "rtn", "--blocks", "1")
+    assert "the first 1 quantized" in " ".join(shown.stdout.split())
+    assert f"{found['drift'][0]['relative'][2]:.3%}" in shown.stdout
+    for wrong, part in ((("--plot", "x.txt"), "must end in .png"), (("--plot", "no/such.png"), "does not exist")):
+        refused = run(*wrong)
+        assert refused.code == 2
+        assert part in refused.stderr
