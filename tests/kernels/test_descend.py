@@ -42,8 +42,8 @@ def block(rows, k, bits, seed, dtype=torch.float32):
 def test_levels_agree_with_torch(level, rows, k, bits, seed, threads):
     value, *rest = block(rows, k, bits, seed)
     expected = value.clone()
-    code = kernels.descend_block_(value, *rest, bits, threads=threads, level=level)
-    same(code, reference.descend_block_(expected, *rest, bits))
+    code = kernels.descend_block_(value, *rest, bits=bits, threads=threads, level=level)
+    same(code, reference.descend_block_(expected, *rest, bits=bits))
     same(value, expected)
 
 
@@ -52,7 +52,7 @@ def test_levels_agree_with_torch(level, rows, k, bits, seed, threads):
 def test_float64_numpy_twin(rows, k, bits, seed):
     problem = block(rows, k, bits, seed, torch.float64)
     expected_code, expected_value = twin.descend(*(t.numpy() for t in problem), bits)
-    np.testing.assert_array_equal(kernels.descend_block_(*problem, bits).numpy(), expected_code)
+    np.testing.assert_array_equal(kernels.descend_block_(*problem, bits=bits).numpy(), expected_code)
     # the same operations in the same order: equal but for the library's freedom to fuse
     np.testing.assert_allclose(problem[0].numpy(), expected_value, rtol=0, atol=1e-12)
 
@@ -61,9 +61,9 @@ def test_the_gradient_is_not_modified_and_a_view_is():
     value, gradient, *rest = block(20, 8, 4, 1)
     wide, before = torch.zeros(20, 30), gradient.clone()
     wide[:, 5:13] = value
-    kernels.descend_block_(wide[:, 5:13], gradient, *rest, 4)
+    kernels.descend_block_(wide[:, 5:13], gradient, *rest, bits=4)
     same(gradient, before)
-    kernels.descend_block_(value, gradient, *rest, 4)
+    kernels.descend_block_(value, gradient, *rest, bits=4)
     same(wide[:, 5:13], value)
     assert not wide[:, :5].any()
     assert not wide[:, 13:].any()
@@ -72,4 +72,4 @@ def test_the_gradient_is_not_modified_and_a_view_is():
 def test_half_precision_values_are_refused():
     value, *rest = block(2, 3, 4, 3)
     with pytest.raises(ConfigError, match=r"value is torch\.bfloat16"):
-        kernels.descend_block_(value.bfloat16(), *rest, 4)
+        kernels.descend_block_(value.bfloat16(), *rest, bits=4)

@@ -214,7 +214,8 @@ class FittedUniform:
     ) -> None:
         """Move columns to their best codes in turn, in one call of the compiled kernel."""
         scale, zero_point = self._of_columns(columns)
-        code.index_copy_(1, columns, kernels.descend_block_(value, gradient, gram, scale, zero_point, self.grid.bits))
+        piece = kernels.descend_block_(value, gradient, gram, scale, zero_point, bits=self.grid.bits)
+        code.index_copy_(1, columns, piece)
 
     def take_rows(self, rows: slice) -> "FittedUniform":
         """The grid of some rows."""

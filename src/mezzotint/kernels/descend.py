@@ -15,8 +15,8 @@ def descend_block_(
     gram: Float[Tensor, "k k"],
     scale: Float[Tensor, "rows k"],
     zero_point: Float[Tensor, "rows k"],
-    bits: int,
     *,
+    bits: int,
     threads: int | None = None,
     level: str | None = None,
 ) -> UInt8[Tensor, "rows k"]:
@@ -48,7 +48,7 @@ def descend_block_(
     Example:
         >>> value = torch.tensor([[1.0, 0.0]])
         >>> gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
-        >>> descend_block_(value, torch.tensor([[0.25, -0.75]]), gram, torch.ones(1, 2), torch.zeros(1, 2), 2)
+        >>> descend_block_(value, torch.tensor([[0.25, -0.75]]), gram, torch.ones(1, 2), torch.zeros(1, 2), bits=2)
         tensor([[1, 1]], dtype=torch.uint8)
         >>> value
         tensor([[1., 1.]])
@@ -57,7 +57,7 @@ def descend_block_(
     if value.dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"value is {value.dtype}; use torch.float32 or torch.float64.")
     if not takes_native(level, value, gradient, gram, scale, zero_point):
-        return reference.descend_block_(value, gradient, gram, scale, zero_point, bits)
+        return reference.descend_block_(value, gradient, gram, scale, zero_point, bits=bits)
     block = as_float32(value)
     code = torch.empty(value.shape, dtype=torch.uint8)
     arrays = as_float32(gradient), as_float32(gram), as_float32(scale), as_float32(zero_point)

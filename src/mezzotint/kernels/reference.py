@@ -220,6 +220,7 @@ def descend_block_(
     gram: Float[Tensor, "k k"],
     scale: Float[Tensor, "rows k"],
     zero_point: Float[Tensor, "rows k"],
+    *,
     bits: int,
 ) -> UInt8[Tensor, "rows k"]:
     """Modifies `value`; see `mezzotint.kernels.descend_block_`."""
