@@ -98,3 +98,14 @@ def descend(value, gradient, gram, scale, zero_point, bits):
             value[r, j] += step
             slope += step * gram[j]
     return code, value
+
+
+def hadamard(values, block):
+    """Blocks of columns times the matrix, made by Sylvester's rule."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    out = np.zeros(values.shape)
+    for start in range(0, values.shape[1], block):
+        out[:, start : start + block] = values[:, start : start + block] @ matrix / np.sqrt(block)
+    return out

@@ -8,6 +8,7 @@ from mezzotint.kernels._dispatch import available_levels
 from mezzotint.kernels.affine import affine_decode, affine_encode, min_max
 from mezzotint.kernels.descend import descend_block_
 from mezzotint.kernels.gptq import gptq_block_
+from mezzotint.kernels.hadamard import hadamard, hadamard_block
 from mezzotint.kernels.packing import pack_bits, unpack_bits
 from mezzotint.kernels.ranges import min_max_range, search_range
 
@@ -17,6 +18,8 @@ __all__ = [
     "available_levels",
     "descend_block_",
     "gptq_block_",
+    "hadamard",
+    "hadamard_block",
     "min_max",
     "min_max_range",
     "pack_bits",

@@ -235,3 +235,15 @@ def descend_block_(
         value[:, j] = now
         code[:, j] = chosen.to(torch.uint8)
     return code
+
+
+def hadamard(values: Float[Tensor, "rows n"], block: int) -> Float[Tensor, "rows n"]:
+    """See `mezzotint.kernels.hadamard`."""
+    rows, n = values.shape
+    x = values.to(_common_dtype(values))
+    stride = 1
+    while stride < block:
+        low, high = x.reshape(rows, n // (2 * stride), 2, stride).unbind(dim=2)
+        x = torch.stack((low + high, low - high), dim=2)
+        stride *= 2
+    return x.reshape(rows, n) * block**-0.5

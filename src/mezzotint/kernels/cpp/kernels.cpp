@@ -19,11 +19,12 @@ namespace {
 #include "search.h"
 #include "gptq.h"
 #include "descend.h"
+#include "hadamard.h"
 
 }  // namespace
 
 Kernels table() {
-    return {pack, unpack, encode, decode, min_max, search, gptq, descend};
+    return {pack, unpack, encode, decode, min_max, search, gptq, descend, hadamard};
 }
 
 }  // namespace MEZZOTINT_LEVEL

@@ -77,6 +77,14 @@ struct DescendArgs {
     float top;
 };
 
+struct HadamardArgs {
+    const void* values;       // [rows, n] of dtype
+    Dtype dtype;
+    float* out;               // [rows, n]
+    std::int64_t n, block;    // block: a power of two that divides n
+    float scale;              // 1 / sqrt(block)
+};
+
 // Floats of scratch memory each thread has to bring, aligned to 64 bytes.
 inline constexpr std::int64_t kLanes = 16;
 
@@ -89,6 +97,7 @@ struct Kernels {
     void (*search)(const SearchArgs&, Rows, float* scratch);  // padded + 2 * steps rounded up to 16
     void (*gptq)(const GptqArgs&, Rows, float* scratch);      // 3 * 16 * k
     void (*descend)(const DescendArgs&, Rows, float* scratch);  // 5 * 16 * k
+    void (*hadamard)(const HadamardArgs&, Rows);
 };
 
 namespace portable { Kernels table(); }

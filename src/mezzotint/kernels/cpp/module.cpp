@@ -1,27 +1,14 @@
 // Python's view of the kernels: checks shapes, chooses the build for this processor, divides rows among threads.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "levels.h"
+#include "module.h"
 #include "parallel.h"
-
-namespace nb = nanobind;
 
 namespace mezzotint {
 namespace {
-
-template <typename T>
-using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-template <typename T>
-using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 struct Level {
     const char* name;
@@ -52,34 +39,15 @@ const std::vector<Level>& levels() {
     return found;
 }
 
+}  // namespace
+
 const Kernels& kernels_of(const std::string& level) {
     for (const Level& candidate : levels())
         if (level.empty() ? &candidate == &levels().back() : level == candidate.name) return candidate.kernels;
     throw std::invalid_argument("level '" + level + "' is not available on this processor");
 }
 
-void require(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
-
-template <typename A>
-std::int64_t size(const A& array, std::size_t axis) {
-    return static_cast<std::int64_t>(array.shape(axis));
-}
-
-template <typename A, typename B>
-bool same_shape(const A& a, const B& b) {
-    return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1);
-}
-
-Dtype dtype_of(const AnyMatrix& values) {
-    if (values.dtype() == nb::dtype<float>()) return Dtype::f32;
-    const nb::dlpack::dtype d = values.dtype();
-    require(d.bits == 16 && d.lanes == 1, "values have to be float32, bfloat16 or float16");
-    if (d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat)) return Dtype::bf16;
-    require(d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), "values have to be floating point");
-    return Dtype::f16;
-}
+namespace {
 
 // Groups of the columns, after checking that `per_group` is [rows, groups].
 template <typename A>
@@ -261,4 +229,5 @@ NB_MODULE(_native, m) {
           at("threads"), at("level"));
     m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),
           at("bits"), at("threads"), at("level"));
+    bind_hadamard(m);
 }
