@@ -39,7 +39,7 @@ TARGETS = Registry(
         "loaq": "mezzotint.targets.loaq:Loaq",
     },
 )
-TRANSFORMS = Registry("transform", {})
+TRANSFORMS = Registry("transform", {"hadamard": "mezzotint.transforms.hadamard:Hadamard"})
 GRIDS = Registry("grid", {"uniform": "mezzotint.grids.uniform:UniformGrid"})
 ROUNDINGS = Registry(
     "rounding",

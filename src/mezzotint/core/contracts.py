@@ -118,9 +118,12 @@ class Basis(Protocol):
         run_time: something is left to do when the model runs.
     """
 
-    kind: str
-    stored: Mapping[str, Tensor]
-    run_time: bool
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def stored(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def run_time(self) -> bool: ...  # noqa: D102
 
     def weight(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The matrix in the new basis."""
@@ -369,11 +372,11 @@ class QuantizedWeight:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The matrix that engines compute with, padding cut off."""
-        value = self.grid.decode(self.code)
+        rows, columns = self.shape
+        value = self.grid.decode(self.code)[:rows, :columns]
         if self.basis is not None:
             value = self.basis.inverse(value)
-        rows, columns = self.shape
-        return value[:rows, :columns].to(dtype)
+        return value.to(dtype)
 
     def bits(self) -> Bits:
         """Exact bits, the basis included."""

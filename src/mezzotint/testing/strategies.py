@@ -1,7 +1,7 @@
 """Hypothesis strategies: the settings of every registered stage, and small linear layers for them.
 
-A stage that is registered and not in `GRID_SETTINGS` or `ROUNDING_SETTINGS` is tested with its default settings; add a
-line to have its settings drawn too.
+A stage that is registered and not in `GRID_SETTINGS`, `ROUNDING_SETTINGS` or `TRANSFORM_SETTINGS` is tested with its
+default settings; add a line to have its settings drawn too.
 """
 
 import random
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mezzotint.core.contracts import Grid
 from mezzotint.errors import ConfigError
-from mezzotint.registry import GRIDS, ROUNDINGS
+from mezzotint.registry import GRIDS, ROUNDINGS, TRANSFORMS
 from mezzotint.testing.problems import OPTIONAL_SUMS, LinearProblem, ProblemSettings, make_problem
 
 DTYPES = (torch.float32, torch.float64)
@@ -28,6 +28,7 @@ BAD_VALUES: Mapping[str, tuple] = {
     "alpha": (-0.1, 1.5),
     "beta": (-0.1, 1.5),
     "bits": (1, 9),
+    "block": (0, 3, -8),
     "block_size": (0, -8),
     "damping": (-1.0, float("nan")),
     "group_size": (0, -1),
@@ -55,8 +56,15 @@ def _gptq_settings() -> st.SearchStrategy[Any]:
     )
 
 
+def _hadamard_settings() -> st.SearchStrategy[Any]:
+    return st.builds(
+        TRANSFORMS["hadamard"], block=st.sampled_from([1, 2, 16, 128]), sides=st.sampled_from(["both", "input"])
+    )
+
+
 GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {"uniform": _uniform_grids}
 ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
+TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"hadamard": _hadamard_settings}
 
 
 def grids(name: str) -> st.SearchStrategy[Grid]:
@@ -67,6 +75,11 @@ def grids(name: str) -> st.SearchStrategy[Grid]:
 def roundings(name: str) -> st.SearchStrategy[Any]:
     """Settings of the rounding of that name."""
     return ROUNDING_SETTINGS[name]() if name in ROUNDING_SETTINGS else st.builds(ROUNDINGS[name])
+
+
+def transforms(name: str) -> st.SearchStrategy[Any]:
+    """Settings of the transform of that name."""
+    return TRANSFORM_SETTINGS[name]() if name in TRANSFORM_SETTINGS else st.builds(TRANSFORMS[name])
 
 
 @st.composite

@@ -1,0 +1,1 @@
+"""Exactly invertible changes of basis before the grid."""
