@@ -162,7 +162,7 @@ def test_stored_tensors_are_the_basis(name, data):
     stage, problem = case_of(data, name)
     s = problem.statistics
     basis = bases_of(stage, problem)[0]
-    again = type(basis).from_stored(stage, basis.shape, {key: t.clone() for key, t in basis.stored.items()})
+    again = stage.restore(basis.shape, {key: t.clone() for key, t in basis.stored.items()})
     exact(again.weight(problem.weight), basis.weight(problem.weight))
     exact(again.inverse(problem.weight), basis.inverse(problem.weight))
     exact(again.statistics(s).gram, basis.statistics(s).gram)
@@ -222,3 +222,13 @@ def test_name_and_needs(name):
 def test_bad_settings_are_refused(name):
     for settings in strategies.bad_settings(TRANSFORMS[name]):
         strategies.assert_refused(TRANSFORMS[name], settings)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(16, 64), (5, 17), (48, 172)])
+def test_what_is_stored_is_known_without_weights(name, shape):
+    stage = TRANSFORMS[name]()
+    aim = Aim(matrix=torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    (basis,) = stage.fit([aim], None, None, torch.Generator().manual_seed(1))
+    assert {key: (t.dtype, tuple(t.shape)) for key, t in basis.stored.items()} == dict(stage.specs(shape))
+    assert basis.run_time == stage.run_time

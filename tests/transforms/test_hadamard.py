@@ -10,7 +10,7 @@ from mezzotint.core.contracts import Aim
 from mezzotint.errors import ConfigError
 from mezzotint.targets.qep import quadratic_of
 from mezzotint.testing import strategies
-from mezzotint.transforms.hadamard import Hadamard, HadamardBasis
+from mezzotint.transforms.hadamard import Hadamard
 from reference import transforms as twin
 
 problems = strategies.linear_problems(dtypes=(torch.float64,))
@@ -143,4 +143,4 @@ def test_what_does_not_fit_is_refused():
         Hadamard().fit(ones, None, None, torch.Generator())
     stored = fit(Hadamard(), torch.ones(4, 16)).stored
     with pytest.raises(ConfigError, match="needs 4 scales and 3 bytes of signs; these are 4 and 2"):
-        HadamardBasis.from_stored(Hadamard(), (4, 17), stored)
+        Hadamard().restore((4, 17), stored)

@@ -137,9 +137,13 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    alike: dict[tuple[str, str], list[str]] = {}
     for name, decisions in result["decisions"].items():
         for what, why in decisions.items():
-            console.print(f"{escape(name)}: {escape(what)} {escape(str(why))}")
+            alike.setdefault((what, str(why)), []).append(name)
+    for (what, why), names in alike.items():
+        where = names[0] if len(names) == 1 else f"{len(names)} matrices"
+        console.print(f"{escape(what)} {escape(why)}: {escape(where)}")
     console.print(f"written to {escape(result['out'])}")
 
 

@@ -140,9 +140,23 @@ class Basis(Protocol):
 
 @runtime_checkable
 class Transform(Protocol):
-    """Fits one basis per matrix; the input side is shared by an input group."""
+    """Fits one basis per matrix; the input side is shared by an input group.
 
+    Attributes:
+        run_time: its bases leave something to do when the model runs.
+    """
+
+    kind: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    run_time: ClassVar[bool]
+
+    def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of what a basis for a matrix of that shape stores; known without weights."""
+        ...
+
+    def restore(self, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> Basis:
+        """The basis that stored these tensors."""
+        ...
 
     def fit(
         self,

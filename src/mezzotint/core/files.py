@@ -104,7 +104,9 @@ class Format(Protocol):
         """Rules about several matrices at once: fused classes, mixes."""
         ...
 
-    def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def specs(
+        self, matrix: Matrix, grid: Grid, dtype: torch.dtype, transform: Transform | None = None
+    ) -> tuple[TensorSpec, ...]:
         """What ``tensors`` will give, known without weights; ``dtype`` is the checkpoint's."""
         ...
 
@@ -112,7 +114,9 @@ class Format(Protocol):
         """The tensors that store the matrix."""
         ...
 
-    def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    def weight(
+        self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid, transform: Transform | None = None
+    ) -> QuantizedWeight:
         """The inverse of ``tensors``."""
         ...
 

@@ -95,6 +95,30 @@ class Statistics:
         return torch.cholesky_solve(right.t(), self.ridge(damping).upper, upper=True).t()
 
 
+def padded(
+    matrix: Float[Tensor, "out in"], statistics: Statistics | None, multiple: tuple[int, int]
+) -> tuple[Tensor, Statistics | None]:
+    """A matrix, and the statistics of its inputs, filled with zeros to multiples of (rows, columns).
+
+    Inputs that are not there never fire, so they neither receive nor give corrections.
+    """
+    rows, columns = (-size % step for size, step in zip(matrix.shape, multiple, strict=True))
+    if rows == columns == 0:
+        return matrix, statistics
+    pad = torch.nn.functional.pad
+    wide = pad(matrix, (0, columns, 0, rows))
+    if statistics is None:
+        return wide, None
+    sides = {
+        "gram": (0, columns, 0, columns),
+        "drift": (0, columns, 0, columns),
+        "residual": (0, columns, 0, rows),
+        "mean_abs": (0, columns),
+    }
+    sums = {name: getattr(statistics, name) for name in sides}
+    return wide, replace(statistics, **{n: None if t is None else pad(t, sides[n]) for n, t in sums.items()})
+
+
 class Accumulator:
     """Streams batches of inputs into `Statistics`.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import kernels
-from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight
+from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 from mezzotint.formats.targets import compact, known_modules, modules_of
@@ -102,7 +102,9 @@ class CompressedTensors:
             refusals.append(_refuses_experts(model, schemes))
         return tuple(refusal for refusal in refusals if refusal is not None)
 
-    def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def specs(
+        self, matrix: Matrix, grid: Grid, dtype: torch.dtype, transform: Transform | None = None
+    ) -> tuple[TensorSpec, ...]:
         """What `tensors` will give.
 
         Raises:
@@ -155,7 +157,9 @@ class CompressedTensors:
             tensors[prefix + "weight_zero_point"] = kernels.pack_bits(zero_point, grid.bits).t().contiguous()
         return tensors
 
-    def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    def weight(
+        self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid, transform: Transform | None = None
+    ) -> QuantizedWeight:
         """The inverse of `tensors`.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight
+from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 
@@ -29,7 +29,9 @@ class Dense:
         """Nothing: every matrix is on its own."""
         return ()
 
-    def specs(self, matrix: Matrix, grid: Grid, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def specs(
+        self, matrix: Matrix, grid: Grid, dtype: torch.dtype, transform: Transform | None = None
+    ) -> tuple[TensorSpec, ...]:
         """One tensor of the checkpoint's dtype, in the stored orientation."""
         rows, columns = matrix.shape
         return (TensorSpec(_key(matrix), dtype, (columns, rows) if matrix.transposed else (rows, columns)),)
@@ -41,7 +43,9 @@ class Dense:
         value = weight.dense(dtype)
         return {_key(matrix): (value.t() if matrix.transposed else value).cpu().contiguous()}
 
-    def weight(self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    def weight(
+        self, matrix: Matrix, tensors: Mapping[str, Tensor], grid: Grid, transform: Transform | None = None
+    ) -> QuantizedWeight:
         """Not possible.
 
         Raises:

@@ -9,9 +9,10 @@ from mezzotint.errors import ConfigError
 from mezzotint.pipeline.calibrate import calibration_windows
 from mezzotint.pipeline.plan import make_plan
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.solve import MatrixRecord
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
-from mezzotint.pipeline.sweep import BlockRecord, MatrixRecord, Sweep
+from mezzotint.pipeline.sweep import BlockRecord, Sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,14 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
             device=request.device,
         )
         sweep = Sweep(
-            source, entries, streams, sink=lambda *_: None, notify=notify, device=request.device, to_the_end=True
+            source,
+            entries,
+            streams,
+            sink=lambda *_: None,
+            notify=notify,
+            device=request.device,
+            seed=request.seed,
+            to_the_end=True,
         )
         try:
             sweep.run()

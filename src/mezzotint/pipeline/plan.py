@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -9,7 +10,7 @@ from importlib.metadata import version
 import torch
 
 from mezzotint.calibration import auto_samples
-from mezzotint.core.contracts import Block, Matrix
+from mezzotint.core.contracts import Bits, Block, Grid, Matrix, Transform
 from mezzotint.core.files import Entry, Format, Plan
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.models import Source
@@ -156,11 +157,17 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 grid=grid,
                 rounding=stages.rounding,
                 refinement=stages.refinement,
-                bits=grid.stored_bits(matrix.shape),
+                bits=_stored_bits(grid, stages.transform, matrix.shape),
                 because=because,
             )
         )
     return entries, kept
+
+
+def _stored_bits(grid: Grid, transform: Transform | None, shape: tuple[int, int]) -> Bits:
+    code, side = grid.stored_bits(shape)
+    specs = {} if transform is None else transform.specs(shape)
+    return Bits(code, side + sum(dtype.itemsize * 8 * math.prod(size) for dtype, size in specs.values()))
 
 
 def _kept(block: Block | None, matrix: Matrix, keep: bool | None) -> str | None:

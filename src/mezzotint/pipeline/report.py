@@ -16,7 +16,8 @@ import transformers
 
 from mezzotint.errors import ModelError
 from mezzotint.pipeline.plan import Planned
-from mezzotint.pipeline.sweep import BlockRecord, MatrixRecord, as_json
+from mezzotint.pipeline.solve import MatrixRecord
+from mezzotint.pipeline.sweep import BlockRecord, as_json
 
 REPORT_NAME = "mezzotint.json"
 

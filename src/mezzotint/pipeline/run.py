@@ -17,9 +17,10 @@ from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.solve import MatrixRecord
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
-from mezzotint.pipeline.sweep import BlockRecord, MatrixRecord, Sweep
+from mezzotint.pipeline.sweep import BlockRecord, Sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +142,15 @@ def _sweep(
     def sink(matrix: Any, weight: QuantizedWeight) -> None:
         output.put(matrix, weight)
 
-    sweep = Sweep(source, planned.plan.entries, streams, sink=sink, notify=notify, device=planned.request.device)
+    sweep = Sweep(
+        source,
+        planned.plan.entries,
+        streams,
+        sink=sink,
+        notify=notify,
+        device=planned.request.device,
+        seed=planned.request.seed,
+    )
     try:
         sweep.run()
     finally:

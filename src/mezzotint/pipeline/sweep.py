@@ -1,56 +1,22 @@
 """The sweep over blocks: two streams in lockstep, statistics, rounding, and what is recorded of each."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mezzotint.core.contracts import (
-    Aim,
-    Block,
-    InputGroup,
-    Matrix,
-    Quadratic,
-    QuantizedWeight,
-    Rounded,
-)
+from mezzotint.core.contracts import Block, InputGroup, Matrix
 from mezzotint.core.files import Entry
-from mezzotint.core.metrics import h_error
 from mezzotint.core.statistics import Accumulator, Statistics
-from mezzotint.errors import MezzotintError, NonFiniteError
+from mezzotint.errors import NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, stops
 from mezzotint.pipeline.residency import check_finite
+from mezzotint.pipeline.solve import MatrixRecord, Sink, Solver
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.tokens import Compared, aligned, normed, token_weights
-from mezzotint.targets.qep import quadratic_of
-
-Sink = Callable[[Matrix, QuantizedWeight], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixRecord:
-    """What was done to one matrix.
-
-    Attributes:
-        bits_per_weight: side data included.
-        weight_error: ``||V - W||^2 / ||W||^2``.
-        h_error: the same in the norm of the inputs it was fitted on; None where there were none.
-        h_error_held_out: the same on the held-out windows.
-        tokens: that its statistics saw.
-    """
-
-    name: str
-    bits_per_weight: float
-    weight_error: float
-    h_error: float | None
-    h_error_held_out: float | None
-    tokens: float
-    seconds: float
-    decisions: Mapping[str, float | str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +45,7 @@ class Sweep:
         sink: takes each finished matrix.
         notify: told of every record.
         device: where blocks and statistics live.
+        seed: of random bases.
         to_the_end: run the streams through every block, also behind the last that needs statistics.
     """
 
@@ -91,13 +58,14 @@ class Sweep:
         sink: Sink,
         notify: Callable[[MatrixRecord | BlockRecord], None],
         device: str = "cpu",
+        seed: int = 0,
         to_the_end: bool = False,
     ) -> None:
         self._source = source
         self._entries = {entry.matrix: entry for entry in entries}
         self._streams = streams
-        self._sink = sink
         self._notify = notify
+        self._solver = Solver(self._entries, sink=sink, notify=notify, seed=seed)
         self._device = device
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
@@ -109,9 +77,8 @@ class Sweep:
         for block in self._source.map.blocks:
             started = time.perf_counter()
             if self._streams is None or block.index > self._last_streamed:
-                for group in block.groups:
-                    for name in group.matrices:
-                        self._from_checkpoint(name)
+                for position, group in enumerate(block.groups):
+                    self._from_checkpoint(group.matrices, _place(block.index, position))
                 error = None
             else:
                 error = self._streamed(block, self._streams)
@@ -128,19 +95,25 @@ class Sweep:
         if head in self._entries:
             needs = self._entries[head].needs
             statistics = self._streams.head_statistics(needs) if self._streams and self._head_needs else (None, None)
-            self._from_checkpoint(head, *statistics)
+            self._from_checkpoint([head], _place(len(self._source.map.blocks), 0), *statistics)
 
     def _needs(self, block: Block) -> bool:
         names = [name for group in block.groups for name in group.matrices]
         return any(self._entries[name].needs for name in names if name in self._entries)
 
-    def _from_checkpoint(self, name: str, fit: Statistics | None = None, held_out: Statistics | None = None) -> None:
-        """Quantize a matrix read straight from the checkpoint; no block is run."""
-        if name not in self._entries:
-            return
-        matrix = self._source.map.matrices[name]
-        parameter = self._source.checkpoint.parameter(matrix.parameter).to(self._device)
-        self._quantize(matrix, matrix.view(parameter), fit, held_out)
+    def _from_checkpoint(
+        self, names: Sequence[str], place: int, fit: Statistics | None = None, held_out: Statistics | None = None
+    ) -> None:
+        """Quantize a group's matrices read straight from the checkpoint; no block is run."""
+        matrices = [self._source.map.matrices[name] for name in names if name in self._entries]
+        # one at a time where nothing is fitted together, for memory
+        together = any(self._entries[matrix.name].transform is not None for matrix in matrices)
+        for members in [matrices] if together and matrices else [[matrix] for matrix in matrices]:
+            weights = []
+            for matrix in members:
+                parameter = self._source.checkpoint.parameter(matrix.parameter).to(self._device)
+                weights.append((matrix, matrix.view(parameter)))
+            self._solver.solve(weights, fit, held_out, place=place)
 
     def _streamed(self, block: Block, streams: Streams) -> tuple[float, float]:
         """Run the block on both streams and quantize its groups on the way; gives error and signal."""
@@ -152,19 +125,23 @@ class Sweep:
             streams.run_original(block.index, module, self._compared(block))
             runs = streams.quantized_runs(block.index, module)
             for position, group in enumerate(block.groups):
-                self._group(group, position, runs, streams)
+                self._group(block.index, position, group, runs, streams)
             error = streams.finish_quantized(runs)
         dematerialize(module)
         return error
 
-    def _group(self, group: InputGroup, position: int, runs: Sequence[BlockRun], streams: Streams) -> None:
+    def _group(self, block: int, position: int, group: InputGroup, runs: Sequence[BlockRun], streams: Streams) -> None:
         names = [name for name in group.matrices if name in self._entries]
         statistics = self._statistics(group, position, runs, streams) if self._group_needs(names) else {}
+        by_expert: dict[int | None, list[Matrix]] = {}
         for name in names:
             matrix = self._source.map.matrices[name]
-            fit, held_out = statistics.get(matrix.expert, (None, None))
-            weight = matrix.view(self._source.skeleton.get_parameter(matrix.parameter).data)
-            weight.copy_(self._quantize(matrix, weight, fit, held_out))
+            by_expert.setdefault(matrix.expert, []).append(matrix)
+        for expert, members in by_expert.items():
+            weights = [(m, m.view(self._source.skeleton.get_parameter(m.parameter).data)) for m in members]
+            values = self._solver.solve(weights, *statistics.get(expert, (None, None)), place=_place(block, position))
+            for (_, weight), value in zip(weights, values, strict=True):
+                weight.copy_(value)
 
     def _group_needs(self, names: Sequence[str]) -> frozenset[str]:
         return frozenset().union(*(self._entries[name].needs for name in names if name in self._entries))
@@ -232,80 +209,10 @@ class Sweep:
         bias = None if matrix.bias is None else parameters(matrix.bias).data
         return lambda compared: normed(compared, weight, bias, own=kind == "own")
 
-    def _quantize(self, matrix: Matrix, weight: Tensor, fit: Statistics | None, held_out: Statistics | None) -> Tensor:
-        """Target, grid, rounding; hands the result on and returns its dense value."""
-        started = time.perf_counter()
-        entry = self._entries[matrix.name]
-        decisions: dict[str, float | str] = {}
-        check_finite(matrix.name, weight)
-        used = fit
-        if fit is not None and fit.tokens < least_tokens(matrix):
-            used = Statistics.isotropic(matrix.shape[1], fit.gram)
-            if fit.drift is not None:  # and no drift is known either
-                used = replace(used, drift=torch.zeros_like(fit.drift))
-            decisions["statistics"] = f"isotropic: only {fit.tokens:.0f} tokens, at least {least_tokens(matrix)} needed"
-        try:
-            aim = entry.target.aim(weight, used, held_out)
-            importance = None if used is None else used.importance
-            rounded = entry.rounding.round(aim, entry.grid.fit(aim.matrix, importance), used)
-            decisions.update(rounded.decisions)
-            if entry.refinement is not None and used is not None:
-                judge = None
-                if held_out is not None and held_out.tokens > 0:
-                    judge = quadratic_of(weight.to(aim.matrix.dtype), held_out)
-                rounded, decisions["refinement"] = refined(entry, rounded, aim, used, judge)
-        except MezzotintError as error:
-            error.add_note(f"while quantizing {matrix.name}")
-            raise
-        result = QuantizedWeight(shape=matrix.shape, code=rounded.code, grid=rounded.grid)
-        value = rounded.value
-        self._sink(matrix, result)
-        original = weight.to(value.dtype)
-        self._notify(
-            MatrixRecord(
-                name=matrix.name,
-                bits_per_weight=result.bits().total / weight.numel(),
-                weight_error=_energy(value - original) / max(_energy(original), 1e-30),
-                h_error=_measured(original, value, fit),
-                h_error_held_out=_measured(original, value, held_out),
-                tokens=0.0 if fit is None else fit.tokens,
-                seconds=time.perf_counter() - started,
-                decisions={**decisions, **aim.decisions},
-            )
-        )
-        return value
 
-
-def refined(entry: Entry, rounded: Rounded, aim: Aim, fit: Statistics, judge: Quadratic | None) -> tuple[Rounded, str]:
-    """The refined result if it is better on the held-out windows, else the one it started from, and which it is.
-
-    What is descended is the distance to the aim, with all the restraint of its strength and damping; what judges is the
-    loss itself, on other tokens.
-    """
-    assert entry.refinement is not None
-    if judge is None:
-        return rounded, "refused: nothing is held out to judge it on"
-    cross = aim.matrix @ fit.gram.to(aim.matrix.dtype)
-    near = Quadratic(gram=fit.gram, cross=cross, const=(cross * aim.matrix).sum(-1))
-    better = entry.refinement.refine(rounded, aim.matrix, near, lambda grid: entry.rounding.round(aim, grid, fit))
-    before, after = float(judge.value(rounded.value).sum()), float(judge.value(better.value).sum())
-    return (better, "accepted") if after < before else (rounded, "refused: worse on the held-out windows")
-
-
-def _energy(values: Tensor) -> float:
-    """Sum of squares."""
-    flat = values.flatten()
-    return float(flat @ flat)
-
-
-def _measured(weight: Tensor, value: Tensor, statistics: Statistics | None) -> float | None:
-    """``h_error`` where there were inputs to measure it on."""
-    return h_error(weight, value, statistics.gram) if statistics is not None and statistics.tokens > 0 else None
-
-
-def least_tokens(matrix: Matrix) -> int:
-    """Fewer tokens than this say too little about a matrix's inputs: one for every sixteen columns."""
-    return max(16, matrix.shape[1] // 16)
+def _place(block: int, position: int) -> int:
+    """A number for each input group of a model."""
+    return block * 1009 + position
 
 
 def as_json(record: MatrixRecord | BlockRecord) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Hadamard:
     block: int = 128
     sides: Literal["both", "input"] = "both"
     needs: ClassVar[frozenset[str]] = frozenset()
+    run_time: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.block <= 65536 or self.block & (self.block - 1):
@@ -65,6 +66,21 @@ class Hadamard:
             bases.append(HadamardBasis(settings=self, shape=(rows, width), input_sign=sign, output_scale=scale))
         return tuple(bases)
 
+    def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """A bit an input, in whole bytes, and a float16 an output."""
+        rows, columns = shape
+        return {"input_sign": (torch.uint8, (-(-columns // 8),)), "output_scale": (torch.float16, (rows,))}
+
+    def restore(self, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> "HadamardBasis":
+        """The basis that stored these tensors.
+
+        Raises:
+            ConfigError: their lengths do not fit the shape.
+        """
+        return HadamardBasis(
+            settings=self, shape=shape, input_sign=stored["input_sign"], output_scale=stored["output_scale"]
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HadamardBasis:
@@ -95,15 +111,6 @@ class HadamardBasis:
                 f"a basis of shape {self.shape} needs {needed[0]} scales and {needed[1]} bytes of signs; "
                 f"these are {found[0]} and {found[1]}."
             )
-
-    @classmethod
-    def from_stored(cls, settings: Hadamard, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> "HadamardBasis":
-        """The basis whose `stored` tensors these are.
-
-        Raises:
-            ConfigError: their lengths do not fit the shape.
-        """
-        return cls(settings=settings, shape=shape, input_sign=stored["input_sign"], output_scale=stored["output_scale"])
 
     @property
     def kind(self) -> str:

@@ -1,0 +1,227 @@
+"""One input group's matrices: target, basis, grid, rounding, refinement, and what is recorded of each."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mezzotint.core.contracts import Aim, Basis, Matrix, Quadratic, QuantizedWeight, Rounded, Transform
+from mezzotint.core.files import Entry
+from mezzotint.core.metrics import h_error
+from mezzotint.core.statistics import Statistics, padded
+from mezzotint.errors import MezzotintError
+from mezzotint.pipeline.residency import check_finite
+from mezzotint.targets.qep import quadratic_of
+
+Sink = Callable[[Matrix, QuantizedWeight], None]
+Weights = Sequence[tuple[Matrix, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixRecord:
+    """What was done to one matrix.
+
+    Attributes:
+        bits_per_weight: side data included.
+        weight_error: ``||V - W||^2 / ||W||^2``.
+        h_error: the same in the norm of the inputs it was fitted on; None where there were none.
+        h_error_held_out: the same on the held-out windows.
+        tokens: that its statistics saw.
+    """
+
+    name: str
+    bits_per_weight: float
+    weight_error: float
+    h_error: float | None
+    h_error_held_out: float | None
+    tokens: float
+    seconds: float
+    decisions: Mapping[str, float | str]
+
+
+class _Turned(NamedTuple):
+    """An aim, still in the original basis, the basis to round it in, and the statistics there."""
+
+    aim: Aim
+    basis: Basis | None
+    statistics: Statistics | None
+
+
+class Solver:
+    """Quantizes matrices that receive the same inputs.
+
+    Args:
+        entries: what is to be done, by matrix.
+        sink: takes each finished matrix.
+        notify: told of every record.
+        seed: of random bases.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        *,
+        sink: Sink,
+        notify: Callable[[MatrixRecord], None],
+        seed: int,
+    ) -> None:
+        self._entries = entries
+        self._sink = sink
+        self._notify = notify
+        self._seed = seed
+
+    def solve(
+        self, weights: Weights, fit: Statistics | None, held_out: Statistics | None, *, place: int
+    ) -> list[Tensor]:
+        """Quantize matrices with the same statistics; hands each on and gives their dense values.
+
+        Args:
+            weights: matrices, each with its weight ``[out, in]``.
+            fit: of their inputs; None if nothing is known.
+            held_out: the same on other windows, for decisions.
+            place: number of the input group: it has random numbers of its own.
+        """
+        for matrix, weight in weights:
+            check_finite(matrix.name, weight)
+        used, note = trusted(weights[0][0], fit)
+        turned = self._turned(weights, used, held_out, place)
+        return [
+            self._one(matrix, weight, (fit, used, held_out), turned.get(matrix.name), note)
+            for matrix, weight in weights
+        ]
+
+    def _turned(
+        self, weights: Weights, used: Statistics | None, held_out: Statistics | None, place: int
+    ) -> dict[str, _Turned]:
+        """Aims and bases of the matrices that have a transform; one fit for all that share one."""
+        sharing: dict[Transform, Weights] = {}
+        for matrix, weight in weights:
+            transform = self._entries[matrix.name].transform
+            if transform is not None:
+                sharing[transform] = [*sharing.get(transform, ()), (matrix, weight)]
+        found: dict[str, _Turned] = {}
+        for transform, members in sharing.items():
+            aims = [self._aim(matrix, weight, used, held_out) for matrix, weight in members]
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + place)
+            bases = transform.fit(aims, used, None, generator)
+            # the input side is shared, and a residual belongs to a group of one matrix
+            statistics = None if used is None else bases[0].statistics(used)
+            for (matrix, _), aim, basis in zip(members, aims, bases, strict=True):
+                found[matrix.name] = _Turned(aim, basis, statistics)
+        return found
+
+    def _aim(self, matrix: Matrix, weight: Tensor, used: Statistics | None, held_out: Statistics | None) -> Aim:
+        try:
+            return self._entries[matrix.name].target.aim(weight, used, held_out)
+        except MezzotintError as error:
+            error.add_note(f"while quantizing {matrix.name}")
+            raise
+
+    def _one(
+        self,
+        matrix: Matrix,
+        weight: Tensor,
+        known: tuple[Statistics | None, Statistics | None, Statistics | None],
+        turned: _Turned | None,
+        note: Mapping[str, float | str],
+    ) -> Tensor:
+        started = time.perf_counter()
+        fit, used, held_out = known
+        if turned is None:
+            turned = _Turned(self._aim(matrix, weight, used, held_out), None, used)
+        judge = None
+        if held_out is not None and held_out.tokens > 0:
+            judge = quadratic_of(weight.to(turned.aim.matrix.dtype), held_out)
+        try:
+            result, decisions = quantized(self._entries[matrix.name], matrix.shape, turned, judge)
+        except MezzotintError as error:
+            error.add_note(f"while quantizing {matrix.name}")
+            raise
+        value = result.dense(turned.aim.matrix.dtype)
+        self._sink(matrix, result)
+        original = weight.to(value.dtype)
+        self._notify(
+            MatrixRecord(
+                name=matrix.name,
+                bits_per_weight=result.bits().total / weight.numel(),
+                weight_error=_energy(value - original) / max(_energy(original), 1e-30),
+                h_error=_measured(original, value, fit),
+                h_error_held_out=_measured(original, value, held_out),
+                tokens=0.0 if fit is None else fit.tokens,
+                seconds=time.perf_counter() - started,
+                decisions={**note, **decisions, **turned.aim.decisions},
+            )
+        )
+        return value
+
+
+def quantized(
+    entry: Entry, shape: tuple[int, int], turned: _Turned, judge: Quadratic | None
+) -> tuple[QuantizedWeight, dict[str, float | str]]:
+    """Basis, padding, grid, rounding and refinement of one aim; what they made, and what they decided."""
+    aim, basis, statistics = turned
+    if basis is not None:
+        aim = replace(aim, matrix=basis.weight(aim.matrix), quadratic=None)
+    if entry.grid.pads:
+        wide, statistics = padded(aim.matrix, statistics, entry.grid.multiple)
+        aim = replace(aim, matrix=wide)
+
+    def stored(rounded: Rounded) -> QuantizedWeight:
+        return QuantizedWeight(shape=shape, code=rounded.code, grid=rounded.grid, basis=basis)
+
+    rounded = entry.rounding.round(aim, entry.grid.fit(aim.matrix, statistics and statistics.importance), statistics)
+    decisions = dict(rounded.decisions)
+    if entry.refinement is not None and statistics is not None:
+        losses = None
+        if judge is not None:
+            losses = lambda found: float(judge.value(stored(found).dense(judge.cross.dtype)).sum())  # noqa: E731
+        rounded, decisions["refinement"] = refined(entry, rounded, aim, statistics, losses)
+    return stored(rounded), decisions
+
+
+def trusted(matrix: Matrix, fit: Statistics | None) -> tuple[Statistics | None, dict[str, float | str]]:
+    """The statistics to use: isotropic ones where too few tokens were seen, and what the report says then."""
+    if fit is None or fit.tokens >= least_tokens(matrix):
+        return fit, {}
+    used = Statistics.isotropic(matrix.shape[1], fit.gram)
+    if fit.drift is not None:  # and no drift is known either
+        used = replace(used, drift=torch.zeros_like(fit.drift))
+    return used, {"statistics": f"isotropic: only {fit.tokens:.0f} tokens, at least {least_tokens(matrix)} needed"}
+
+
+def least_tokens(matrix: Matrix) -> int:
+    """Fewer tokens than this say too little about a matrix's inputs: one for every sixteen columns."""
+    return max(16, matrix.shape[1] // 16)
+
+
+def refined(
+    entry: Entry, rounded: Rounded, aim: Aim, fit: Statistics, judge: Callable[[Rounded], float] | None
+) -> tuple[Rounded, str]:
+    """The refined result if it is better on the held-out windows, else the one it started from, and which it is.
+
+    What is descended is the distance to the aim, with all the restraint of its strength and damping; what judges is the
+    loss itself, on other tokens.
+    """
+    assert entry.refinement is not None
+    if judge is None:
+        return rounded, "refused: nothing is held out to judge it on"
+    cross = aim.matrix @ fit.gram.to(aim.matrix.dtype)
+    near = Quadratic(gram=fit.gram, cross=cross, const=(cross * aim.matrix).sum(-1))
+    better = entry.refinement.refine(rounded, aim.matrix, near, lambda grid: entry.rounding.round(aim, grid, fit))
+    if judge(better) < judge(rounded):
+        return better, "accepted"
+    return rounded, "refused: worse on the held-out windows"
+
+
+def _energy(values: Tensor) -> float:
+    """Sum of squares."""
+    flat = values.flatten()
+    return float(flat @ flat)
+
+
+def _measured(weight: Tensor, value: Tensor, statistics: Statistics | None) -> float | None:
+    """``h_error`` where there were inputs to measure it on."""
+    return h_error(weight, value, statistics.gram) if statistics is not None and statistics.tokens > 0 else None
