@@ -11,12 +11,14 @@ from mezzotint.kernels.gptq import gptq_block_
 from mezzotint.kernels.hadamard import hadamard, hadamard_block
 from mezzotint.kernels.packing import pack_bits, unpack_bits
 from mezzotint.kernels.ranges import min_max_range, search_range
+from mezzotint.kernels.trellis import from_tiles, tile_order, to_tiles, trellis_decode, trellis_encode, trellis_values
 
 __all__ = [
     "affine_decode",
     "affine_encode",
     "available_levels",
     "descend_block_",
+    "from_tiles",
     "gptq_block_",
     "hadamard",
     "hadamard_block",
@@ -24,5 +26,10 @@ __all__ = [
     "min_max_range",
     "pack_bits",
     "search_range",
+    "tile_order",
+    "to_tiles",
+    "trellis_decode",
+    "trellis_encode",
+    "trellis_values",
     "unpack_bits",
 ]

@@ -1,5 +1,6 @@
 // The kernels of one instruction set. CMake compiles this file once per level; see levels.h for what may not be here.
 #include "levels.h"
+#include "trellis_code.h"
 
 #if defined(__x86_64__) && defined(__AVX2__)
 #include <immintrin.h>
@@ -20,11 +21,13 @@ namespace {
 #include "gptq.h"
 #include "descend.h"
 #include "hadamard.h"
+#include "ints.h"
+#include "trellis.h"
 
 }  // namespace
 
 Kernels table() {
-    return {pack, unpack, encode, decode, min_max, search, gptq, descend, hadamard};
+    return {pack, unpack, encode, decode, min_max, search, gptq, descend, hadamard, trellis_encode, trellis_decode};
 }
 
 }  // namespace MEZZOTINT_LEVEL

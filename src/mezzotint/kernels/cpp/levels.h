@@ -85,6 +85,15 @@ struct HadamardArgs {
     float scale;              // 1 / sqrt(block)
 };
 
+struct TrellisArgs {
+    const float* values;         // [tiles, 256] (encode)
+    std::int32_t* packed;        // [tiles, rate]
+    void* decoded;               // [tiles, 256] of dtype (decode)
+    Dtype dtype;
+    const std::int32_t* tables;  // of all states' values, for each k; see trellis_tables (encode)
+    int states, rate, window;
+};
+
 // Floats of scratch memory each thread has to bring, aligned to 64 bytes.
 inline constexpr std::int64_t kLanes = 16;
 
@@ -98,6 +107,8 @@ struct Kernels {
     void (*gptq)(const GptqArgs&, Rows, float* scratch);      // 3 * 16 * k
     void (*descend)(const DescendArgs&, Rows, float* scratch);  // 5 * 16 * k
     void (*hadamard)(const HadamardArgs&, Rows);
+    void (*trellis_encode)(const TrellisArgs&, Rows, float* scratch);  // trellis_scratch
+    void (*trellis_decode)(const TrellisArgs&, Rows);
 };
 
 namespace portable { Kernels table(); }

@@ -49,6 +49,20 @@ const Kernels& kernels_of(const std::string& level) {
 
 namespace {
 
+template <typename A, typename B>
+bool same_shape(const A& a, const B& b) {
+    return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1);
+}
+
+Dtype dtype_of(const AnyMatrix& values) {
+    if (values.dtype() == nb::dtype<float>()) return Dtype::f32;
+    const nb::dlpack::dtype d = values.dtype();
+    require(d.bits == 16 && d.lanes == 1, "values have to be float32, bfloat16 or float16");
+    if (d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat)) return Dtype::bf16;
+    require(d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), "values have to be floating point");
+    return Dtype::f16;
+}
+
 // Groups of the columns, after checking that `per_group` is [rows, groups].
 template <typename A>
 std::int64_t groups_of(const A& per_group, std::int64_t rows, std::int64_t n, std::int64_t group_size) {
@@ -230,4 +244,5 @@ NB_MODULE(_native, m) {
     m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),
           at("bits"), at("threads"), at("level"));
     bind_hadamard(m);
+    bind_trellis(m);
 }

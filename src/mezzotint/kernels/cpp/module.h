@@ -3,6 +3,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+// What the files with bindings share.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include <stdexcept>
 #include <string>
@@ -13,6 +17,10 @@ namespace nb = nanobind;
 
 namespace mezzotint {
 
+namespace mezzotint {
+
+namespace nb = nanobind;
+
 template <typename T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -20,6 +28,7 @@ template <typename T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // The kernels of a level by name; the best that this processor can run if the name is empty.
+// The build of that name; the best one if it is empty.
 const Kernels& kernels_of(const std::string& level);
 
 inline void require(bool condition, const char* what) {
@@ -46,5 +55,6 @@ inline Dtype dtype_of(const AnyMatrix& values) {
 }
 
 void bind_hadamard(nb::module_& m);
+void bind_trellis(nb::module_& m);
 
 }  // namespace mezzotint
