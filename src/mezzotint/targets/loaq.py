@@ -32,9 +32,9 @@ class Loaq:
     """
 
     kind: ClassVar[str] = "loaq"
-    alpha: float = 0.5
-    beta: float = 0.5
-    damping: float = 1.0
+    alpha: float = 0.75
+    beta: float = 0.75
+    damping: float = 0.3
     norm_aware: Literal["no", "own", "original"] = "no"
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift", "residual"})
 

@@ -3,10 +3,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
-// What the files with bindings share.
-#pragma once
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <stdexcept>
 #include <string>
@@ -17,10 +13,6 @@ namespace nb = nanobind;
 
 namespace mezzotint {
 
-namespace mezzotint {
-
-namespace nb = nanobind;
-
 template <typename T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -28,7 +20,6 @@ template <typename T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // The kernels of a level by name; the best that this processor can run if the name is empty.
-// The build of that name; the best one if it is empty.
 const Kernels& kernels_of(const std::string& level);
 
 inline void require(bool condition, const char* what) {
