@@ -40,7 +40,13 @@ TARGETS = Registry(
     },
 )
 TRANSFORMS = Registry("transform", {"hadamard": "mezzotint.transforms.hadamard:Hadamard"})
-GRIDS = Registry("grid", {"uniform": "mezzotint.grids.uniform:UniformGrid"})
+GRIDS = Registry(
+    "grid",
+    {
+        "uniform": "mezzotint.grids.uniform:UniformGrid",
+        "trellis": "mezzotint.grids.trellis:TrellisGrid",
+    },
+)
 ROUNDINGS = Registry(
     "rounding",
     {

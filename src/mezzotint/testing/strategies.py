@@ -33,7 +33,12 @@ BAD_VALUES: Mapping[str, tuple] = {
     "damping": (-1.0, float("nan")),
     "group_size": (0, -1),
     "strength": (-0.1, 1.5),
+    "window": (0, 129),
 }
+
+
+# The same for stages that have values of their own.
+OWN_BAD_VALUES: Mapping[str, Mapping[str, tuple]] = {"trellis": {"bits": (0.875, 3.3, 7.0)}}
 
 
 def _uniform_grids() -> st.SearchStrategy[Grid]:
@@ -44,6 +49,16 @@ def _uniform_grids() -> st.SearchStrategy[Grid]:
         symmetric=st.booleans(),
         range=st.sampled_from(["minmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
+    )
+
+
+def _trellis_grids() -> st.SearchStrategy[Grid]:
+    return st.builds(
+        GRIDS["trellis"],
+        bits=st.integers(8, 48).map(lambda rate: rate / 8),
+        states=st.just(12),  # the other number of states is as good and fifteen times slower
+        scale_per=st.sampled_from(["matrix", "row"]),
+        window=st.sampled_from([4, 32]),
     )
 
 
@@ -62,7 +77,7 @@ def _hadamard_settings() -> st.SearchStrategy[Any]:
     )
 
 
-GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {"uniform": _uniform_grids}
+GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {"uniform": _uniform_grids, "trellis": _trellis_grids}
 ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
 TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"hadamard": _hadamard_settings}
 
@@ -125,8 +140,9 @@ def bad_settings(stage: type) -> Iterator[dict[str, Any]]:
         LookupError: a setting that is a number has no line in `BAD_VALUES`.
     """
     for f in fields(stage):
-        if f.name in BAD_VALUES:
-            yield from ({f.name: value} for value in BAD_VALUES[f.name])
+        bad = OWN_BAD_VALUES.get(stage.kind, {}).get(f.name) or BAD_VALUES.get(f.name)
+        if bad is not None:
+            yield from ({f.name: value} for value in bad)
         elif type(f.default) in (int, float):
             raise LookupError(f"{stage.__name__}.{f.name} is a number; add values it must refuse to BAD_VALUES")
 
