@@ -44,6 +44,7 @@ GRIDS = Registry(
     "grid",
     {
         "uniform": "mezzotint.grids.uniform:UniformGrid",
+        "lookup": "mezzotint.grids.lookup:LookupGrid",
         "trellis": "mezzotint.grids.trellis:TrellisGrid",
     },
 )

@@ -18,7 +18,10 @@ from reference import grids as reference
 
 TOYS = {"toy 1x2": ToyVectorGrid(tile=(1, 2)), "toy 2x4": ToyVectorGrid(tile=(2, 4))}
 # Grids that cannot stand for zero, with the reason; zero weights are common enough that a grid should.
-WITHOUT_ZERO = {"trellis": "neighbouring weights share bits, so no path stays at one value"}
+WITHOUT_ZERO = {
+    "lookup": "levels of least error for normal numbers are symmetric and even in number: none is zero",
+    "trellis": "neighbouring weights share bits, so no path stays at one value",
+}
 # Grids where several codes stand for the same values, with the reason.
 MANY_CODES = {"trellis": "states outnumber their values, and paths may cross"}
 # Bits of what is stored, (codes, side data), by the twin; a new grid adds a line.
@@ -30,11 +33,19 @@ SIZES = {
         scale_bits=grid.storage_dtype.itemsize * 8,
         symmetric=grid.symmetric,
     ),
+    "lookup": lambda grid, shape: reference.codebook_sizes(
+        shape,
+        index_bits=grid.bits,
+        tile=1,
+        group_size=grid.group_size,
+        scale_bits=grid.storage_dtype.itemsize * 8,
+    ),
     "trellis": lambda grid, shape: reference.trellis_sizes(shape, rate=grid.rate, row_scales=grid.scale_per == "row"),
 }
 # Dtype that each fitted parameter is stored in; an integer is a number of bits.
 STORED = {
     "uniform": lambda grid: {"scale": grid.storage_dtype, "zero_point": grid.bits},
+    "lookup": lambda grid: {"scale": grid.storage_dtype},
     "trellis": lambda grid: {"scale": torch.float16 if grid.scale_per == "row" else torch.float32},
 }
 every_grid = pytest.mark.parametrize("name", [*GRIDS, *TOYS])

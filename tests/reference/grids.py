@@ -1,7 +1,7 @@
 """Float64 twins of the grids: every code is tried, every candidate is tried. Numpy only, nothing of ours."""
 
-from itertools import product
-from math import ceil
+from itertools import pairwise, product
+from math import ceil, erf, exp, inf, pi, sqrt
 
 import numpy as np
 
@@ -78,3 +78,51 @@ def trellis_sizes(shape, *, rate, row_scales):
     codes = ceil(shape[0] * shape[1] * rate / 8)
     scales = 16 * shape[0] if row_scales else 32
     return codes, tiles * 32 * rate - codes + scales
+
+
+def codebook_sizes(shape, *, index_bits, tile, group_size, scale_bits):
+    """Bits of what a grid of a codebook stores, counted one by one: (codes, scales)."""
+    rows, columns = shape
+    code = sum(index_bits for _ in range(rows) for _ in range(0, columns, tile))
+    side = sum(scale_bits for _ in range(rows) for _ in range(0, columns, group_size or columns))
+    return code, side
+
+
+def lloyd_max(levels, rounds):
+    """Values for standard normal numbers: the two conditions of Lloyd in turn, from evenly spaced values."""
+    values = [-2.0 + 4.0 * (i + 0.5) / levels for i in range(levels)]
+    for _ in range(rounds):
+        ends = [-inf, *((a + b) / 2 for a, b in pairwise(values)), inf]
+        values = [normal_mean(a, b) for a, b in pairwise(ends)]
+    return np.array(values)
+
+
+def normal_mean(low, high):
+    """Of the standard normal numbers between two ends."""
+    mass = (erf(high / sqrt(2)) - erf(low / sqrt(2))) / 2
+    return (exp(-(low**2) / 2) - exp(-(high**2) / 2)) / sqrt(2 * pi) / mass
+
+
+def normal_error(values):
+    """Mean squared error of standard normal numbers rounded to the nearest of increasing values."""
+    ends = [-inf, *((a + b) / 2 for a, b in pairwise(values)), inf]
+    error = 1.0  # E x^2 - 2 sum c E[x; cell] + sum c^2 P(cell)
+    for value, (a, b) in zip(values, pairwise(ends), strict=True):
+        mass = (erf(b / sqrt(2)) - erf(a / sqrt(2))) / 2
+        error += value * (value - 2 * normal_mean(a, b)) * mass
+    return error
+
+
+def nearest_entry(point, entries):
+    """Index of the nearest entry, a row each; the lowest of those at the same distance."""
+    return int(np.argmin([sum((p - e) ** 2 for p, e in zip(point, entry, strict=True)) for entry in entries]))
+
+
+def codebook_error(values, importance, scale, entries):
+    """Weighted squared error of one group, in tiles of as many columns as an entry has."""
+    width, error = len(entries[0]), 0.0
+    for start in range(0, len(values), width):
+        tile = values[start : start + width]
+        near = entries[nearest_entry(tile / scale, entries)] * scale
+        error += sum(importance[start : start + width] * (near - tile) ** 2)
+    return error

@@ -11,9 +11,7 @@ from torch import Tensor
 from mezzotint import kernels
 from mezzotint.core.contracts import Affine, Bits
 from mezzotint.errors import ConfigError
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_AUTO_GROUPS = (128, 64, 32)
+from mezzotint.grids import scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +30,15 @@ class UniformGrid:
 
     kind: ClassVar[str] = "uniform"
     bits: int = 4
-    group_size: int | Literal["auto"] | None = "auto"
+    group_size: scales.GroupSize = "auto"
     symmetric: bool = False
     range: Literal["minmax", "error", "weighted"] = "weighted"
-    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    scale_dtype: scales.ScaleDtype = "auto"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"grid.bits is {self.bits}; the uniform grid takes 2 to 8. Choose one of these.")
-        if isinstance(self.group_size, int) and self.group_size < 1:
-            raise ConfigError(
-                f"grid.group_size is {self.group_size}; it must be at least 1. Use null for one group a row, or auto."
-            )
+        scales.check_group_size(self.group_size)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -70,28 +65,17 @@ class UniformGrid:
 
         ``widths`` are those of all matrices that should share a group size: engines load one scheme more readily.
         """
-        group_size = self.group_size
-        if group_size == "auto":
-            fitting = [g for g in _AUTO_GROUPS if shape[1] % g == 0]
-            shared = [g for g in fitting if all(width % g == 0 for width in widths)]
-            group_size = next(iter(shared or fitting), None)
-        scale_dtype = self.scale_dtype
-        if scale_dtype == "auto":
-            scale_dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32")
-        return replace(self, group_size=group_size, scale_dtype=scale_dtype)
+        group_size = scales.resolve_group_size(self.group_size, shape[1], widths)
+        return replace(self, group_size=group_size, scale_dtype=scales.resolve_scale_dtype(self.scale_dtype, dtype))
 
     def columns_per_group(self, width: int) -> int:
         """Columns of a full group of a matrix of that width."""
-        if self.group_size == "auto":
-            raise ConfigError("grid.group_size is still 'auto'; call resolve(shape, dtype) first.")
-        return width if self.group_size is None else min(self.group_size, width)
+        return scales.columns_per_group(self.group_size, width)
 
     @property
     def storage_dtype(self) -> torch.dtype:
         """Dtype of the stored scales."""
-        if self.scale_dtype == "auto":
-            raise ConfigError("grid.scale_dtype is still 'auto'; call resolve(shape, dtype) first.")
-        return _DTYPES[self.scale_dtype]
+        return scales.storage_dtype(self.scale_dtype)
 
     def stored_bits(self, shape: tuple[int, int]) -> Bits:
         """Codes, scales and (asymmetric) zero points."""

@@ -62,6 +62,17 @@ def _trellis_grids() -> st.SearchStrategy[Grid]:
     )
 
 
+def _lookup_grids() -> st.SearchStrategy[Grid]:
+    gaussian = st.tuples(st.just("gaussian"), st.integers(2, 8))
+    return st.builds(
+        lambda pair, **settings: GRIDS["lookup"](table=pair[0], bits=pair[1], **settings),
+        gaussian | st.just(("nf4", 4)),
+        group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
+        range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
+        scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
+    )
+
+
 def _gptq_settings() -> st.SearchStrategy[Any]:
     return st.builds(
         ROUNDINGS["gptq"],
@@ -77,7 +88,11 @@ def _hadamard_settings() -> st.SearchStrategy[Any]:
     )
 
 
-GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {"uniform": _uniform_grids, "trellis": _trellis_grids}
+GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
+    "uniform": _uniform_grids,
+    "lookup": _lookup_grids,
+    "trellis": _trellis_grids,
+}
 ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
 TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"hadamard": _hadamard_settings}
 
