@@ -73,7 +73,7 @@ def uniform_sizes(shape, *, bits, group_size, scale_bits, symmetric):
 
 
 def trellis_sizes(shape, *, rate, row_scales):
-    """(codes, side data): a tile of 256 weights takes 32 bits for every eighth of a bit; half a byte more is side data."""
+    """(codes, side data): a tile of 256 weights takes 32 bits for every eighth of a bit; padding is side data."""
     tiles = ceil(shape[0] / 16) * ceil(shape[1] / 16)
     codes = ceil(shape[0] * shape[1] * rate / 8)
     scales = 16 * shape[0] if row_scales else 32

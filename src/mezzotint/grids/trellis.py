@@ -42,8 +42,10 @@ def measured(states: int) -> Mapping[int, Measured]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrellisGrid:
-    """Settings of the trellis code: a bitshift trellis with a computed code (QTIP, arXiv 2406.11235), whose shift varies
-    with the position, so that one code serves every rate (docs/format.md has it bit by bit).
+    """Settings of the trellis code.
+
+    A bitshift trellis with a computed code (QTIP, arXiv 2406.11235) whose shift varies with the position, so that one
+    code serves every rate; docs/format.md has it bit by bit.
 
     Attributes:
         bits: of a weight, a multiple of 1/8 from 1 to 6.
@@ -54,10 +56,6 @@ class TrellisGrid:
     """
 
     kind: ClassVar[str] = "trellis"
-    tile: ClassVar[tuple[int, int]] = (SIDE, SIDE)
-    multiple: ClassVar[tuple[int, int]] = (SIDE, SIDE)
-    pads: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset()
     bits: float | int = 3.0
     states: Literal[12, 16] = 12
     scale_per: Literal["matrix", "row"] = "matrix"
@@ -65,9 +63,29 @@ class TrellisGrid:
 
     def __post_init__(self) -> None:
         if self.bits * 8 not in RATES:
-            raise ConfigError(f"grid.bits is {self.bits:g}; the trellis takes eighths from 1 to 6, such as 3.25.")
+            raise ConfigError(f"grid.bits is {self.bits}; the trellis takes eighths from 1 to 6, such as 3.25.")
         if not 1 <= self.window <= 128:
             raise ConfigError(f"grid.window is {self.window}; it must be from 1 to 128 (default 32).")
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """One path."""
+        return (SIDE, SIDE)
+
+    @property
+    def multiple(self) -> tuple[int, int]:
+        """Whole tiles."""
+        return (SIDE, SIDE)
+
+    @property
+    def pads(self) -> bool:
+        """Other shapes are filled with zeros."""
+        return True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """No statistics."""
+        return frozenset()
 
     @property
     def rate(self) -> int:
