@@ -126,7 +126,11 @@ class FittedTrellis:
     grid: TrellisGrid
     shape: tuple[int, int]
     scale: Float[Tensor, " scales"]
-    affine: ClassVar[None] = None
+
+    @property
+    def affine(self) -> None:
+        """Values are not evenly spaced."""
+        return None
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:

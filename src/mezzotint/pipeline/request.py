@@ -16,6 +16,7 @@ ENGINES: Mapping[str, str] = {
     "vllm": "compressed-tensors",
     "dense": "dense",
 }
+WHOLE_BITS = ("uniform", "lookup")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -107,10 +108,11 @@ def resolve_recipe(
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = dict(settings or {})
     if bits is not None:
-        if not float(bits).is_integer():
+        whole = chosen.grid.get("kind") in WHOLE_BITS
+        if whole and not float(bits).is_integer():
             near = f"Use --bits {int(bits)} or --bits {int(bits) + 1}" if 2 <= bits < 8 else "Use --bits 2 to 8"
             raise ConfigError(f"--bits is {bits:g}; grid {chosen.grid.get('kind')!r} stores whole bits. {near}.")
-        changes["grid.bits"] = int(bits)
+        changes["grid.bits"] = int(bits) if whole else float(bits)
     changed = chosen.with_settings(changes)
     return changed.with_rules([Rule(match=pattern, keep=True) for pattern in keep])
 
