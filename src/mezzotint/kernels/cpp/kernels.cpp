@@ -15,6 +15,7 @@ namespace MEZZOTINT_LEVEL {
 namespace {
 
 #include "lanes.h"
+#include "unpacking.h"
 #include "packing.h"
 #include "affine.h"
 #include "search.h"
