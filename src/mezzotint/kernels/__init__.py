@@ -1,7 +1,8 @@
 """Inner loops over codes: C++ for tensors on the CPU, plain torch (`reference`) for any other device and for float64.
 
 The C++ is built for several instruction sets and the best one is chosen at run time; all of them and the reference give
-the same bits, whatever the number of threads.
+the same bits, whatever the number of threads. Products with packed weights are the exception: away from the CPU, and in
+float64, they multiply in floating point; see `products`.
 """
 
 from mezzotint.kernels._dispatch import available_levels
@@ -10,6 +11,7 @@ from mezzotint.kernels.descend import descend_block_
 from mezzotint.kernels.gptq import gptq_block_
 from mezzotint.kernels.hadamard import hadamard, hadamard_block
 from mezzotint.kernels.packing import pack_bits, unpack_bits
+from mezzotint.kernels.products import packed_matmul, product_levels, trellis_matmul
 from mezzotint.kernels.ranges import min_max_range, search_range
 from mezzotint.kernels.trellis import from_tiles, tile_order, to_tiles, trellis_decode, trellis_encode, trellis_values
 
@@ -25,11 +27,14 @@ __all__ = [
     "min_max",
     "min_max_range",
     "pack_bits",
+    "packed_matmul",
+    "product_levels",
     "search_range",
     "tile_order",
     "to_tiles",
     "trellis_decode",
     "trellis_encode",
+    "trellis_matmul",
     "trellis_values",
     "unpack_bits",
 ]

@@ -19,19 +19,23 @@ def available_levels() -> tuple[str, ...]:
     return tuple(_native.available_levels())
 
 
-def takes_native(level: str | None, *tensors: Tensor | None) -> bool:
+def takes_native(level: str | None, *tensors: Tensor | None, levels: tuple[str, ...] | None = None) -> bool:
     """Whether the C++ kernels can work on these tensors: all on the CPU and none of float64.
+
+    Args:
+        level: asked for by name, or None.
+        tensors: what the kernel would read.
+        levels: that the kernel is built for and this processor can run; `available_levels()` if None.
 
     Raises:
         ConfigError: a level was asked for by name and the tensors, or this processor, do not allow it.
     """
-    native = all(t is None or (t.device.type == "cpu" and t.dtype != torch.float64) for t in tensors)
+    native = all(t is None or (t.is_cpu and t.dtype != torch.float64) for t in tensors)
     if level is None:
         return native
-    if level not in available_levels():
-        raise ConfigError(
-            f"level {level!r} is not one of {', '.join(available_levels())} on this processor; leave it out."
-        )
+    usable = available_levels() if levels is None else levels
+    if level not in usable:
+        raise ConfigError(f"level {level!r} is not one of {', '.join(usable)} on this processor; leave it out.")
     if not native:
         raise ConfigError(f"level {level!r} is for tensors on the CPU that are not float64; leave it out.")
     return True
@@ -50,6 +54,8 @@ def thread_count(threads: int | None) -> int:
 
 def as_float32(tensor: Tensor) -> Tensor:
     """The tensor as contiguous float32, without a copy when it is that already."""
+    if tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.is_contiguous():
+        return tensor  # three calls to torch less, which small products feel
     return tensor.detach().to(torch.float32).contiguous()
 
 

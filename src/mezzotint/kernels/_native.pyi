@@ -53,6 +53,33 @@ def descend(
     threads: int,
     level: str,
 ) -> None: ...
+def product_levels() -> list[str]: ...
+def trellis_matmul(
+    x: int,
+    packed: int,
+    out: int,
+    batch: int,
+    in_tiles: int,
+    out_tiles: int,
+    rate: int,
+    states: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def packed_matmul(
+    x: int,
+    words: int,
+    scale: int,
+    zero_point: int,
+    out: int,
+    batch: int,
+    n: int,
+    rows: int,
+    group_size: int,
+    bits: int,
+    threads: int,
+    level: str,
+) -> None: ...
 def hadamard(values: Tensor, out: Tensor, block: int, threads: int, level: str) -> None: ...
 def trellis_encode(values: Tensor, packed: Tensor, states: int, window: int, threads: int, level: str) -> None: ...
 def trellis_decode(packed: Tensor, decoded: Tensor, states: int, threads: int, level: str) -> None: ...

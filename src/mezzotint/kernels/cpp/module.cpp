@@ -8,6 +8,7 @@
 #include "parallel.h"
 
 namespace mezzotint {
+
 namespace {
 
 struct Level {
@@ -17,19 +18,11 @@ struct Level {
 
 std::vector<Level> usable_levels() {
     std::vector<Level> found{{"portable", portable::table()}};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
 #if defined(MEZZOTINT_HAS_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
-        __builtin_cpu_supports("movbe"))
-        found.push_back({"avx2", avx2::table()});
+    if (runs_avx2()) found.push_back({"avx2", avx2::table()});
 #endif
 #if defined(MEZZOTINT_HAS_AVX512)
-    if (found.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back({"avx512", avx512::table()});
-#endif
+    if (runs_avx512()) found.push_back({"avx512", avx512::table()});
 #endif
     return found;
 }
@@ -48,20 +41,6 @@ const Kernels& kernels_of(const std::string& level) {
 }
 
 namespace {
-
-template <typename A, typename B>
-bool same_shape(const A& a, const B& b) {
-    return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1);
-}
-
-Dtype dtype_of(const AnyMatrix& values) {
-    if (values.dtype() == nb::dtype<float>()) return Dtype::f32;
-    const nb::dlpack::dtype d = values.dtype();
-    require(d.bits == 16 && d.lanes == 1, "values have to be float32, bfloat16 or float16");
-    if (d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat)) return Dtype::bf16;
-    require(d.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), "values have to be floating point");
-    return Dtype::f16;
-}
 
 // Groups of the columns, after checking that `per_group` is [rows, groups].
 template <typename A>
@@ -244,5 +223,6 @@ NB_MODULE(_native, m) {
     m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),
           at("bits"), at("threads"), at("level"));
     bind_hadamard(m);
+    bind_products(m);
     bind_trellis(m);
 }

@@ -45,7 +45,30 @@ inline Dtype dtype_of(const AnyMatrix& values) {
     return Dtype::f16;
 }
 
+// Whether this processor runs what is built for x86-64-v3.
+inline bool runs_avx2() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+           __builtin_cpu_supports("movbe");
+#else
+    return false;
+#endif
+}
+
+// The same for x86-64-v4.
+inline bool runs_avx512() {
+#if defined(__x86_64__)
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
+
 void bind_hadamard(nb::module_& m);
+void bind_products(nb::module_& m);
 void bind_trellis(nb::module_& m);
 
 }  // namespace mezzotint
