@@ -63,7 +63,8 @@ def test_trellis_is_close_to_the_exact_product(states, rate):
     packed, x = tiles(12, 3, rate), normal(4, 192)
     x[1] *= 1e-30
     x[2, 7] = 1e4  # everything else is left with five bits
-    weight = torch.from_numpy(twin.trellis_codes(packed.numpy(), states) / 147.7)
+    # the decoder's values are float32
+    weight = torch.from_numpy(twin.trellis_codes(packed.numpy(), states)).float().mul(1 / 147.7).double()
     exact = kernels.trellis_matmul(x.double(), packed, states=states)
     torch.testing.assert_close(exact, x.double() @ weight.t(), rtol=1e-12, atol=1e-12)
     error = (kernels.trellis_matmul(x, packed, states=states) - exact).abs()
