@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mezzotint.cli import tables
 from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
-COMMANDS = ("quantize", "plan", "evaluate", "inspect", "recipes")
+COMMANDS = ("quantize", "plan", "evaluate", "inspect", "recipes", "palette")
 Run = Callable[..., Any]
 
 
@@ -164,3 +165,32 @@ def test_evaluate_keeps_the_reference(mezzotint: Run, finished: Path, tmp_path: 
     assert kept.stat().st_mtime_ns == written
     mezzotint(*arguments, "--seqlen", "64", "--windows", "3", "--cache", cache)
     assert len(list(cache.iterdir())) == 2  # other windows are another reference
+
+
+def test_palette(mezzotint: Run) -> None:
+    grids = {grid["name"]: grid for grid in mezzotint("palette", "--json").last_object["grids"]}
+    assert grids.keys() >= {"uniform-4", "lookup-3", "nf4", "trellis-3.25", "trellis-6-best"}
+    for grid in grids.values():
+        assert grid["distortion"] > 0
+        assert grid["ratio_to_bound"] == pytest.approx(grid["distortion"] * 4 ** grid["bits"])
+        assert grid["ratio_to_bound"] > 1, "no code is better than the bound"
+        assert grid["bits"] <= grid["bits_with_side_data"] < grid["bits"] + 0.02
+        assert grid["decode_rate"] > 0
+    assert "half-tcq-3.25" in grids["trellis-3.25-best"]["aliases"]
+    assert "vllm" in grids["uniform-4"]["engines"]
+    assert "vllm" not in grids["trellis-3"]["engines"]
+    shown = " ".join(mezzotint("palette").stdout.split())
+    assert "trellis-1.125" in shown
+
+
+def test_the_committed_distortions_are_what_is_measured() -> None:
+    from mezzotint.pipeline.palette import _committed, gaussian_distortion, members
+
+    weights = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    for name, grid in members():
+        if grid.kind == "trellis" and grid.states == 16:
+            continue  # the table's own script measures it; a check here would take minutes
+        rows = weights[:64] if grid.kind == "trellis" else weights
+        found = gaussian_distortion(grid.resolve((1024, 1024), torch.float16), rows)
+        # 2^16 weights: the mean of squares has a standard error of sqrt(2 / 2^16) = 0.6 %
+        assert found == pytest.approx(_committed(name, grid), rel=0.03 if grid.kind == "trellis" else 0.005), name

@@ -321,6 +321,27 @@ def recipes(*, as_json: Json = False) -> None:
     _finish(work, as_json)
 
 
+@app.command()
+def palette(
+    *,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure every distortion again (minutes) instead of reading the table.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List every grid: bits, error on Gaussian weights against the bound, decode speed here, engines."""
+
+    def work() -> dict[str, Any]:
+        from mezzotint.pipeline.palette import palette as members
+
+        found = list(members(measure=measure))
+        if not as_json:
+            tables.show_palette(found, Console())
+        return {"grids": [asdict(one) | {"ratio_to_bound": one.ratio_to_bound} for one in found]}
+
+    _finish(work, as_json)
+
+
 def _finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     try:
         result = work()
