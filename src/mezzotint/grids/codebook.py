@@ -16,7 +16,7 @@ from mezzotint.grids.feedback import feed_tiles_
 
 Range = Literal["rms", "absmax", "error", "weighted"]
 
-_STEPS = 16
+_STEPS = 12
 _CHUNK = 2**16  # weights whose intermediate results stay in the cache
 
 
@@ -166,8 +166,9 @@ class ScaleSearch:
     def scale(self, target: Float[Tensor, "rows n"], weight: Float[Tensor, " n"]) -> Float[Tensor, "rows groups"]:
         """Scales of some rows; 0 for a group of zeros, which decodes to zeros whatever the codebook holds.
 
-        For ``error`` and ``weighted``: the rms range, then 16 steps from half of it to one and a half times it or the
-        absmax range, if that is more; then twice 6 scales around the best, 4 times as fine. The first of equals wins.
+        For ``error`` and ``weighted``: the rms range, then 12 steps from half of it to one and a half times it or the
+        absmax range, if that is more; then twice 4 scales around the best, thirds of a step apart. The first of equals
+        wins.
         """
         values, weights = scales.grouped(target, self.size), scales.grouped(weight[None], self.size)[0]
         inside = scales.grouped(torch.ones_like(weight)[None], self.size)[0].sum(1)
@@ -192,8 +193,8 @@ class ScaleSearch:
         for i in range(_STEPS):
             improve(low + i * step)
         for _ in range(2):
-            step, centre = step / 4, best
-            for i in (-3, -2, -1, 1, 2, 3):
+            step, centre = step / 3, best
+            for i in (-2, -1, 1, 2):
                 improve(centre + i * step)
         return torch.where(is_zero, 0.0, best)
 
