@@ -45,6 +45,7 @@ GRIDS = Registry(
     {
         "uniform": "mezzotint.grids.uniform:UniformGrid",
         "lookup": "mezzotint.grids.lookup:LookupGrid",
+        "vector": "mezzotint.grids.vector:VectorGrid",
         "trellis": "mezzotint.grids.trellis:TrellisGrid",
     },
 )

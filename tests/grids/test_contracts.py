@@ -20,10 +20,20 @@ TOYS = {"toy 1x2": ToyVectorGrid(tile=(1, 2)), "toy 2x4": ToyVectorGrid(tile=(2,
 # Grids that cannot stand for zero, with the reason; zero weights are common enough that a grid should.
 WITHOUT_ZERO = {
     "lookup": "levels of least error for normal numbers are symmetric and even in number: none is zero",
+    "vector": "no mean of a cell lies on zero but by symmetry, which k-means of a plane does not keep",
     "trellis": "neighbouring weights share bits, so no path stays at one value",
 }
 # Grids where several codes stand for the same values, with the reason.
 MANY_CODES = {"trellis": "states outnumber their values, and paths may cross"}
+
+
+def codebook_sizes(grid, shape, index_bits, tile):
+    scale_bits = grid.storage_dtype.itemsize * 8
+    return reference.codebook_sizes(
+        shape, index_bits=index_bits, tile=tile, group_size=grid.group_size, scale_bits=scale_bits
+    )
+
+
 # Bits of what is stored, (codes, side data), by the twin; a new grid adds a line.
 SIZES = {
     "uniform": lambda grid, shape: reference.uniform_sizes(
@@ -33,19 +43,15 @@ SIZES = {
         scale_bits=grid.storage_dtype.itemsize * 8,
         symmetric=grid.symmetric,
     ),
-    "lookup": lambda grid, shape: reference.codebook_sizes(
-        shape,
-        index_bits=grid.bits,
-        tile=1,
-        group_size=grid.group_size,
-        scale_bits=grid.storage_dtype.itemsize * 8,
-    ),
+    "lookup": lambda grid, shape: codebook_sizes(grid, shape, grid.bits, 1),
+    "vector": lambda grid, shape: codebook_sizes(grid, shape, int(2 * grid.bits), 2),
     "trellis": lambda grid, shape: reference.trellis_sizes(shape, rate=grid.rate, row_scales=grid.scale_per == "row"),
 }
 # Dtype that each fitted parameter is stored in; an integer is a number of bits.
 STORED = {
     "uniform": lambda grid: {"scale": grid.storage_dtype, "zero_point": grid.bits},
     "lookup": lambda grid: {"scale": grid.storage_dtype},
+    "vector": lambda grid: {"scale": grid.storage_dtype},
     "trellis": lambda grid: {"scale": torch.float16 if grid.scale_per == "row" else torch.float32},
 }
 every_grid = pytest.mark.parametrize("name", [*GRIDS, *TOYS])

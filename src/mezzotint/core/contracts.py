@@ -337,9 +337,14 @@ class Rounded:
 
 @runtime_checkable
 class Refinement(Protocol):
-    """Improves the result of a rounding on the layer's quadratic."""
+    """Improves the result of a rounding on the layer's quadratic.
+
+    Attributes:
+        grids: kinds of grids that it serves.
+    """
 
     kind: ClassVar[str]
+    grids: ClassVar[frozenset[str]]
 
     def refine(
         self,

@@ -77,6 +77,8 @@ def members() -> Iterator[tuple[str, Grid]]:
         yield f"uniform-{bits}", GRIDS["uniform"](bits=bits, group_size=None, range="error")
     for bits in range(2, 9):
         yield f"lookup-{bits}", GRIDS["lookup"](bits=bits, group_size=None, range="error")
+    for half in range(3, 13):
+        yield f"vector-{half / 2:g}", GRIDS["vector"](bits=half / 2, group_size=None, range="error")
     yield "nf4", GRIDS["lookup"](bits=4, table="nf4", group_size=None, range="error")
     for states in (12, 16):
         for rate in RATES:

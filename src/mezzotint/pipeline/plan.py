@@ -192,6 +192,11 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
+    if stages.refinement is not None and stages.grid.kind not in stages.refinement.grids:
+        raise ConfigError(
+            f"{matrix}: refinement {stages.refinement.kind!r} serves grids {', '.join(sorted(stages.refinement.grids))}, "
+            f"not {stages.grid.kind!r}. Use refinement.kind=none."
+        )
 
 
 def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:

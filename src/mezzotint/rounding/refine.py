@@ -34,6 +34,7 @@ class Descent:
     """
 
     kind: ClassVar[str] = "descent"
+    grids: ClassVar[frozenset[str]] = frozenset({"uniform"})
     passes: int = 2
     parameters: bool = True
     starts: tuple[Start, ...] = ()

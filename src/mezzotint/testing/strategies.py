@@ -73,6 +73,16 @@ def _lookup_grids() -> st.SearchStrategy[Grid]:
     )
 
 
+def _vector_grids() -> st.SearchStrategy[Grid]:
+    return st.builds(
+        GRIDS["vector"],
+        bits=st.integers(3, 12).map(lambda index_bits: index_bits / 2),
+        group_size=st.sampled_from([None, "auto", 2, 6, 8, 16]),
+        range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
+        scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
+    )
+
+
 def _gptq_settings() -> st.SearchStrategy[Any]:
     return st.builds(
         ROUNDINGS["gptq"],
@@ -91,6 +101,7 @@ def _hadamard_settings() -> st.SearchStrategy[Any]:
 GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
     "uniform": _uniform_grids,
     "lookup": _lookup_grids,
+    "vector": _vector_grids,
     "trellis": _trellis_grids,
 }
 ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
