@@ -193,9 +193,10 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             "Use rounding.kind=gptq."
         )
     if stages.refinement is not None and stages.grid.kind not in stages.refinement.grids:
+        served = ", ".join(sorted(stages.refinement.grids))
         raise ConfigError(
-            f"{matrix}: refinement {stages.refinement.kind!r} serves grids {', '.join(sorted(stages.refinement.grids))}, "
-            f"not {stages.grid.kind!r}. Use refinement.kind=none."
+            f"{matrix}: refinement {stages.refinement.kind!r} serves grids of kind {served}, not {stages.grid.kind!r}. "
+            "Use refinement.kind=none."
         )
 
 
