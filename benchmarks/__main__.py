@@ -56,6 +56,8 @@ def quantize_arguments(row: dict[str, Any], suite: dict[str, Any], protocol: dic
     arguments += ["--samples", str(row.get("samples", protocol["samples"])), "--seqlen", str(protocol["seqlen"])]
     for setting in (*suite.get("common", ()), *row.get("set", ())):
         arguments += ["--set", setting]
+    if "engine" in row:
+        arguments += ["--for", row["engine"]]
     if "memory" in row:
         arguments += ["--memory", row["memory"]]
     return arguments

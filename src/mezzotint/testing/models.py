@@ -113,14 +113,18 @@ SENTENCES = (
 )
 
 
-def make_tiny_model(name: str, folder: Path | str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+def make_tiny_model(
+    name: str, folder: Path | str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> Path:
     """Save a tiny random model of ``TINY`` with its tokenizer; the same arguments give the same bytes.
 
     Weights are drawn with variance ``1 / in`` and gains and biases are spread around their usual values, so that
-    activations keep their size through the blocks and nothing is trivially one or zero.
+    activations keep their size through the blocks and nothing is trivially one or zero. ``changes`` are settings of the
+    configuration that differ from ``TINY``.
     """
     target = Path(folder)
     config = TINY[name]()
+    config.update(changes)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
