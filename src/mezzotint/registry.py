@@ -63,6 +63,7 @@ FORMATS = Registry(
     "format",
     {
         "compressed-tensors": "mezzotint.formats.compressed_tensors:CompressedTensors",
+        "mezzotint": "mezzotint.formats.native:Native",
         "dense": "mezzotint.formats.dense:Dense",
     },
 )

@@ -256,6 +256,21 @@ def test_stored_bits_are_the_sizes_of_what_is_stored(name, data):
     assert tuple(grid.stored_bits(shape)) == SIZES[name](grid, shape)
 
 
+@every_grid
+@some_data
+def test_what_is_stored_gives_codes_and_parameters_back(name, data):
+    problem = problem_of(data, name, (torch.float32,))
+    fitted, shape = problem.grid, problem.grid.shape
+    code = fitted.encode(drawn_values(data, problem))
+    stored = fitted.store(code, shape)
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in stored.items()} == fitted.grid.specs(shape)
+    again, restored = fitted.grid.restore(shape, stored)
+    assert (restored.grid, restored.shape) == (fitted.grid, shape)
+    exact(again, code)
+    Snapshot.of(restored.parameters).check(fitted.parameters)
+    exact(restored.decode(again), fitted.decode(code))
+
+
 @registered
 @some_data
 def test_parameters_are_exact_in_the_dtype_they_are_stored_in(name, data):

@@ -47,6 +47,13 @@ class ToyVectorGrid:
         tiles = shape[0] // self.tile[0], shape[1] // self.tile[1]
         return Bits(code=tiles[0] * tiles[1] * int(log2(_ENTRIES)), side=tiles[0] * 32)
 
+    def specs(self, shape):
+        tiles = shape[0] // self.tile[0], shape[1] // self.tile[1]
+        return {"code": (torch.int64, tiles), "scale": (torch.float32, tiles[:1])}
+
+    def restore(self, shape, stored):
+        return stored["code"], FittedToy(grid=self, shape=shape, scale=stored["scale"])
+
     def fit(self, target, importance):
         power = target.double().square().reshape(target.shape[0] // self.tile[0], -1).mean(1)
         scale = torch.where(power > 0, power.sqrt(), 1.0).float()
@@ -91,6 +98,9 @@ class FittedToy:
         rows, width = self.grid.tile
         tiles = table(self.grid.tile).to(self.scale.dtype)[code] * self.scale[:, None, None]
         return tiles.unflatten(2, (rows, width)).transpose(1, 2).reshape(code.shape[0] * rows, code.shape[1] * width)
+
+    def store(self, code, shape):
+        return {"code": code, "scale": self.scale.float()}
 
     def take_rows(self, rows):
         height = self.grid.tile[0]

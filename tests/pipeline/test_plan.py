@@ -119,6 +119,31 @@ def test_the_format_follows_the_modules(tiny_folder: Folder) -> None:
     assert plan_of(TINY_LLAMA, engine="dense").plan.format == "dense"
 
 
+@pytest.mark.parametrize(
+    ("settings", "because"),
+    [
+        ({"grid.kind": "trellis"}, "q_proj has the grid 'trellis', which only"),
+        ({"grid.kind": "lookup"}, "q_proj has the grid 'lookup', which only"),
+        ({"transform.kind": "hadamard"}, "q_proj has the grid 'uniform' in the basis 'hadamard', which only"),
+    ],
+)
+def test_what_stock_engines_do_not_know_is_stored_in_our_own_format(settings: dict[str, Any], because: str) -> None:
+    planned = plan_of(TINY_LLAMA, settings=settings)
+    assert planned.plan.format == "mezzotint"
+    assert because in planned.because
+    assert plan_of(TINY_LLAMA, settings=settings, engine="dense").plan.format == "dense"
+    with pytest.raises(FormatError, match=r"--for vllm.*Use .*, or --for dense"):
+        plan_of(TINY_LLAMA, settings=settings, engine="vllm")
+
+
+def test_our_own_format_holds_uniform_grids_too(tiny_folder: Folder) -> None:
+    planned = plan_of(tiny_folder("llama"), engine="mezzotint", settings={"grid.group_size": 64})
+    assert (planned.plan.format, planned.because) == ("mezzotint", "--for mezzotint")
+    with pytest.raises(FormatError, match=r"nn.Linear only.*Use --for dense"):
+        plan_of(tiny_folder("gpt2"), engine="mezzotint")
+    assert plan_of(tiny_folder("gpt2"), settings={"grid.kind": "lookup"}).plan.format == "dense"
+
+
 @pytest.mark.parametrize("rounding", ["gptaq", "qronos"])
 def test_corrections_are_not_counted_twice(rounding: str) -> None:
     with pytest.raises(ConfigError, match=r"counts twice. Use target.kind=weight"):

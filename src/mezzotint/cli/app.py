@@ -38,7 +38,11 @@ Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensor
 RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]
 BitsOption = Annotated[float | None, typer.Option("--bits", help="Bits of one code; the recipe's own if left out.")]
 Engine = Annotated[
-    str | None, typer.Option("--for", help="transformers, vllm, or dense (dequantized, loads anywhere).")
+    str | None,
+    typer.Option(
+        "--for",
+        help="transformers, vllm, mezzotint (any grid; our own format), or dense (dequantized, loads anywhere).",
+    ),
 ]
 CalibrationOption = Annotated[
     str,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mezzotint.core.aims import Aim, Quadratic
 from mezzotint.core.statistics import Statistics
 from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEdge, Role
 
@@ -40,36 +41,6 @@ __all__ = [
 ]
 
 # ---- targets --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quadratic:
-    """``q(V) = tr(V gram V') - 2 tr(V cross') + const`` with ``cross = W (gram + drift) + residual``."""
-
-    gram: Float[Tensor, "in in"]
-    cross: Float[Tensor, "out in"]
-    const: Float[Tensor, " out"]
-
-    def value(self, v: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-        """The objective per output row."""
-        return ((v @ self.gram - 2 * self.cross) * v).sum(-1) + self.const
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Aim:
-    """The matrix to approximate.
-
-    Attributes:
-        matrix: ``[out, in]``, float32 or wider.
-        quadratic: the objective it minimises, where it is explicit.
-        corrected: already contains the correction for upstream error.
-        decisions: what was chosen and why, for the report.
-    """
-
-    matrix: Float[Tensor, "out in"]
-    quadratic: Quadratic | None = None
-    corrected: bool = False
-    decisions: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -226,6 +197,14 @@ class Grid(Protocol):
         """Exact bits of a matrix of that shape, padding included."""
         ...
 
+    def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the tensors that store a matrix of that shape, padding left out; known without weights."""
+        ...
+
+    def restore(self, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> tuple[Tensor, "FittedGrid"]:
+        """Codes and grid that `FittedGrid.store` stored; parameters in float32, on the device of the tensors."""
+        ...
+
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedGrid":
         """Parameters for one target; ``importance`` is the mean square of each input (diag H)."""
         ...
@@ -270,6 +249,10 @@ class FittedGrid(Protocol):
 
     def decode(self, code: Tensor) -> Float[Tensor, "out in"]:
         """The values that the codes stand for."""
+        ...
+
+    def store(self, code: Tensor, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+        """The tensors of `Grid.specs` for these codes; ``shape`` is that of the matrix without padding."""
         ...
 
     def take_rows(self, rows: slice) -> "FittedGrid":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mezzotint.core.structure import Matrix
 from mezzotint.errors import FormatError
+from mezzotint.formats import native
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.grids.uniform import UniformGrid
 
@@ -23,7 +24,8 @@ class PackedWeight:
 
     Attributes:
         parts: names of the tensors that store it; the first holds the codes.
-        dtype: of its scales: what dense values are rounded to by engines; ``dense`` gives them unrounded, in float32.
+        dtype: what dense values are rounded to by engines: that of the scales in compressed-tensors; ``dense`` gives
+            them unrounded, in float32.
         dense: reads the parts and decodes them.
     """
 
@@ -36,7 +38,7 @@ class PackedWeight:
 def packed_weights(
     quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
 ) -> dict[str, PackedWeight]:
-    """Every packed weight of a ``pack-quantized`` folder, by the name its dense weight would have.
+    """Every packed weight of a folder, by the name its dense weight would have.
 
     Args:
         quantization: ``quantization_config`` of config.json.
@@ -44,8 +46,41 @@ def packed_weights(
         read: gives a tensor by name.
 
     Raises:
-        FormatError: a packed weight that no config group describes.
+        FormatError: a packed weight that nothing in the config describes; when one of our own format is decoded, also
+            that it is damaged.
     """
+    if quantization.get("quant_method") == native.METHOD:
+        return _native_weights(quantization, tensors, read)
+    return _pack_quantized_weights(quantization, tensors, read)
+
+
+def _native_weights(
+    quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, PackedWeight]:
+    found: dict[str, PackedWeight] = {}
+    schemes = native.read_schemes(quantization)
+    for name in tensors:
+        module = name.removesuffix("." + native.CHECKSUM)
+        if module != name and module not in schemes:
+            raise FormatError(f"{module} is packed, but quantization_config does not name it; the folder is broken.")
+    for module, scheme in schemes.items():
+        parts = tuple(f"{module}.{part}" for part in scheme.specs())
+        for part in parts:
+            if part not in tensors:
+                raise FormatError(f"{part} is missing; the folder is broken. Make or download it again.")
+
+        def dense(module: str = module, scheme: native.Scheme = scheme) -> Tensor:
+            stored = {part: read(f"{module}.{part}") for part in scheme.specs()}
+            scheme.verify(module, stored)
+            return scheme.restore(stored).dense()
+
+        found[f"{module}.weight"] = PackedWeight(parts=parts, dtype=torch.float32, shape=scheme.shape, dense=dense)
+    return found
+
+
+def _pack_quantized_weights(
+    quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, PackedWeight]:
     form = CompressedTensors()
     found: dict[str, PackedWeight] = {}
     for name in tensors:

@@ -13,6 +13,7 @@ from mezzotint.core.contracts import Bits
 from mezzotint.errors import ConfigError
 from mezzotint.grids import scales
 from mezzotint.grids.feedback import feed_tiles_
+from mezzotint.grids.packing import pack_codes, unpack_codes
 
 Range = Literal["rms", "absmax", "error", "weighted"]
 
@@ -126,6 +127,22 @@ class CodebookGrid(ABC):
         return Bits(
             code=rows * (columns // self.tile[1]) * self.index_bits, side=groups * self.storage_dtype.itemsize * 8
         )
+
+    def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Codes packed as by `pack_codes`, and scales; the codebook follows from the settings."""
+        rows, columns = shape
+        return {
+            "packed": (torch.int32, (rows, -(-columns // self.tile[1] * self.index_bits // 32))),
+            "scale": (self.storage_dtype, (rows, -(-columns // self.columns_per_group(columns)))),
+        }
+
+    def restore(
+        self, shape: tuple[int, int], stored: Mapping[str, Tensor]
+    ) -> tuple[Integer[Tensor, "out tiles"], "FittedCodebook"]:
+        """The inverse of `FittedCodebook.store`."""
+        fitted = FittedCodebook(grid=self, shape=shape, scale=stored["scale"].float())
+        dtype = self.codebook(fitted.scale.dtype, fitted.scale.device).code_dtype
+        return unpack_codes(stored["packed"], self.index_bits, shape[1] // self.tile[1], dtype), fitted
 
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedCodebook":
         """Scales for one target, by the setting ``range``.
@@ -267,6 +284,10 @@ class FittedCodebook:
     def decode(self, code: Integer[Tensor, "out tiles"]) -> Float[Tensor, "out in"]:
         """``scale * codebook[code]``."""
         return self._values(code, self._of_columns(torch.arange(self.shape[1], device=self.scale.device)))
+
+    def store(self, code: Integer[Tensor, "out tiles"], shape: tuple[int, int]) -> Mapping[str, Tensor]:
+        """Packed codes and scales."""
+        return {"packed": pack_codes(code, self.grid.index_bits), "scale": self.scale.to(self.grid.storage_dtype)}
 
     def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Scales rounded to the dtype they are stored in."""

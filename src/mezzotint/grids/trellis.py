@@ -103,6 +103,22 @@ class TrellisGrid:
         code = -(-rows * columns * self.rate // 8)
         return Bits(code=code, side=tiles * 32 * self.rate - code + (16 * rows if self.scale_per == "row" else 32))
 
+    def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Codes of whole tiles, and scales: of the rows without padding, or of the matrix."""
+        rows, columns = shape
+        scale = (torch.float16, (rows,)) if self.scale_per == "row" else (torch.float32, (1,))
+        return {"packed": (torch.int32, (-(-columns // SIDE), -(-rows // SIDE), self.rate)), "scale": scale}
+
+    def restore(
+        self, shape: tuple[int, int], stored: Mapping[str, Tensor]
+    ) -> tuple[Int32[Tensor, "in_tiles out_tiles words"], "FittedTrellis"]:
+        """The inverse of `FittedTrellis.store`; rows of the padding have scale zero."""
+        rows, columns = (-(-size // SIDE) * SIDE for size in shape)
+        scale = stored["scale"].float()
+        if self.scale_per == "row":
+            scale = torch.nn.functional.pad(scale, (0, rows - len(scale)))
+        return stored["packed"], FittedTrellis(grid=self, shape=(rows, columns), scale=scale)
+
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedTrellis":
         """Scales from root mean squares, by the factor that is best for Gaussian weights; of zeros it is zero."""
         power = target.double().square().mean(dim=1 if self.scale_per == "row" else None).reshape(-1)
@@ -178,6 +194,11 @@ class FittedTrellis:
         """The values that the codes stand for, in the scales' dtype."""
         tiles = kernels.trellis_decode(code.flatten(0, 1), states=self.grid.states)
         return kernels.from_tiles(tiles.view(*code.shape[:2], SIDE * SIDE)).to(self.scale.dtype) * self.scale[:, None]
+
+    def store(self, code: Int32[Tensor, "in_tiles out_tiles words"], shape: tuple[int, int]) -> Mapping[str, Tensor]:
+        """The codes as they are, and the scales of what is no padding."""
+        scale = self.scale[: shape[0]].to(torch.float16) if self.grid.scale_per == "row" else self.scale.float()
+        return {"packed": code, "scale": scale}
 
     def take_rows(self, rows: slice) -> "FittedTrellis":
         """The grid of some rows, whole tiles of them."""

@@ -84,6 +84,26 @@ class UniformGrid:
         per_group = self.storage_dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
         return Bits(code=rows * columns * self.bits, side=groups * per_group)
 
+    def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Codes packed as by `kernels.pack_bits`, scales, and (asymmetric) zero points of a byte each."""
+        rows, columns = shape
+        groups = rows, -(-columns // self.columns_per_group(columns))
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "packed": (torch.int32, (rows, -(-columns * self.bits // 32))),
+            "scale": (self.storage_dtype, groups),
+        }
+        return found if self.symmetric else {**found, "zero_point": (torch.uint8, groups)}
+
+    def restore(
+        self, shape: tuple[int, int], stored: Mapping[str, Tensor]
+    ) -> tuple[UInt8[Tensor, "out in"], "FittedUniform"]:
+        """The inverse of `FittedUniform.store`."""
+        scale = stored["scale"].float()
+        middle = torch.full_like(scale, 2.0 ** (self.bits - 1))
+        zero_point = middle if self.symmetric else stored["zero_point"].float()
+        code = kernels.unpack_bits(stored["packed"], self.bits, shape[1])
+        return code, FittedUniform(grid=self, shape=shape, scale=scale, zero_point=zero_point)
+
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedUniform":
         """Scales and zero points for one target, by the setting ``range``.
 
@@ -171,6 +191,14 @@ class FittedUniform:
     def decode(self, code: UInt8[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """``scale * (code - zero_point)``."""
         return kernels.affine_decode(code, self.scale, self.zero_point, self.group_size)
+
+    def store(self, code: UInt8[Tensor, "out in"], shape: tuple[int, int]) -> Mapping[str, Tensor]:
+        """Packed codes, scales, and zero points where the grid has them."""
+        found = {
+            "packed": kernels.pack_bits(code.contiguous(), self.grid.bits),
+            "scale": self.scale.to(self.grid.storage_dtype),
+        }
+        return found if self.grid.symmetric else {**found, "zero_point": self.zero_point.to(torch.uint8)}
 
     def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Scales rounded to the dtype they are stored in."""

@@ -54,8 +54,7 @@ def open_model(folder: Path | str, *, trust_remote_code: bool = False, decode: D
     if quantization is not None:
         if decode is None:
             raise ModelError(
-                f"the model in {str(folder)!r} is already quantized (compressed-tensors). Give the original model. "
-                "[already-quantized]"
+                f"the model in {str(folder)!r} is already quantized. Give the original model. [already-quantized]"
             )
         checkpoint = decode(checkpoint, quantization if isinstance(quantization, dict) else quantization.to_dict())
     skeleton = build_skeleton(config, trust_remote_code)

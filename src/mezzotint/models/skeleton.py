@@ -20,6 +20,9 @@ from mezzotint.models import experts
 from mezzotint.models.binding import BoundCheckpoint
 from mezzotint.models.checkpoint import check_folder
 
+# quant_method and format of folders that callers may decode
+READABLE = (("compressed-tensors", "pack-quantized"), ("mezzotint", None))
+
 
 def load_config(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model folder (or of a name on the hub, where the folder does not exist).
@@ -173,11 +176,11 @@ def _check_quantization(config: PreTrainedConfig) -> None:
         return
     settings = found if isinstance(found, dict) else found.to_dict()
     method, layout = settings.get("quant_method"), settings.get("format")
-    if (method, layout) == ("compressed-tensors", "pack-quantized"):
+    if (method, layout) in READABLE:
         return
     raise ModelError(
         f"the model is already quantized: quantization_config has quant_method {method!r}, format {layout!r}; only "
-        "unquantized weights and compressed-tensors pack-quantized can be read. Give the original model. "
+        "unquantized weights, compressed-tensors pack-quantized and mezzotint can be read. Give the original model. "
         "[already-quantized]"
     )
 

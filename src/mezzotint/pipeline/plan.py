@@ -203,8 +203,7 @@ def _check_stages(matrix: str, stages: Stages) -> None:
 def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
     """The format, and why; refuses what it cannot hold."""
     users = users_of_sources(source)
-    name = ENGINES[request.engine] if request.engine else "compressed-tensors"
-    because = f"--for {request.engine}" if request.engine else "what most engines load"
+    name, because = _wanted_format(entries, request)
     matrices = [source.map.matrices[entry.matrix] for entry in entries]
     odd = next((m for m in matrices if not (m.linear and written_alone(m, users))), None)
     if odd is not None and name != "dense":
@@ -220,6 +219,16 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
         if refusal is not None:
             raise FormatError(f"format {name!r} ({because}) cannot hold {matrix.name}: {refusal}")
     return form, because
+
+
+def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
+    if request.engine is not None:
+        return ENGINES[request.engine], f"--for {request.engine}"
+    own = next((e for e in entries if e.grid.kind != "uniform" or e.transform is not None), None)
+    if own is None:
+        return "compressed-tensors", "what most engines load"
+    basis = "" if own.transform is None else f" in the basis {own.transform.kind!r}"
+    return "mezzotint", f"{own.matrix} has the grid {own.grid.kind!r}{basis}, which only mezzotint's own format holds"
 
 
 def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan:

@@ -14,6 +14,7 @@ from mezzotint.pipeline.recipe import Recipe, Rule, load_recipe
 ENGINES: Mapping[str, str] = {
     "transformers": "compressed-tensors",
     "vllm": "compressed-tensors",
+    "mezzotint": "mezzotint",
     "dense": "dense",
 }
 WHOLE_BITS = ("uniform", "lookup")
