@@ -20,6 +20,7 @@ from mezzotint.formats.native import CHECKSUM, Native, read_schemes
 from mezzotint.grids.lookup import LookupGrid
 from mezzotint.grids.trellis import TrellisGrid
 from mezzotint.grids.uniform import UniformGrid
+from mezzotint.grids.vector import VectorGrid
 from mezzotint.registry import GRIDS
 from mezzotint.transforms.hadamard import Hadamard
 
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[Grid, tuple[int, int]]] = {
     "uniform symmetric": (UniformGrid(bits=8, group_size=None, range="minmax", symmetric=True), (16, 32)),
     "lookup": (LookupGrid(bits=5, group_size=16, range="rms", scale_dtype="float16"), (33, 40)),
     "lookup nf4": (LookupGrid(table="nf4", group_size=None, range="absmax"), (8, 24)),
+    "vector": (VectorGrid(bits=3.5, group_size=8, range="rms", scale_dtype="float16"), (9, 64)),
     "trellis": (TrellisGrid(bits=2.25, window=4), (40, 50)),
     "trellis rows": (TrellisGrid(bits=4.125, window=4, scale_per="row"), (33, 32)),
 }

@@ -58,7 +58,7 @@ def _trellis_grids() -> st.SearchStrategy[Grid]:
         bits=st.integers(8, 48).map(lambda rate: rate / 8),
         states=st.just(12),  # the other number of states is as good and fifteen times slower
         scale_per=st.sampled_from(["matrix", "row"]),
-        window=st.sampled_from([4, 32]),
+        window=st.sampled_from([32, 64]),  # narrower ones may close the path elsewhere
     )
 
 
