@@ -64,6 +64,8 @@ class TrellisGrid:
     def __post_init__(self) -> None:
         if self.bits * 8 not in RATES:
             raise ConfigError(f"grid.bits is {self.bits}; the trellis takes eighths from 1 to 6, such as 3.25.")
+        if self.states not in (12, 16):
+            raise ConfigError(f"grid.states is {self.states}; it must be 12 (fast) or 16 (best).")
         if not 1 <= self.window <= 128:
             raise ConfigError(f"grid.window is {self.window}; it must be from 1 to 128 (default 32).")
 

@@ -33,6 +33,7 @@ BAD_VALUES: Mapping[str, tuple] = {
     "damping": (-1.0, float("nan")),
     "group_size": (0, -1),
     "strength": (-0.1, 1.5),
+    "states": (8, 14),
     "window": (0, 129),
 }
 
