@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mezzotint.engines import hook as _hook
+
 if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
     from mezzotint.pipeline.plan import Planned
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = version("mezzotint")
 __all__ = ["Recipe", "__version__", "evaluate", "load", "plan", "quantize"]
+
+_hook.install()
 
 
 def __getattr__(name: str) -> Any:
@@ -94,9 +98,14 @@ def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None 
 def load(folder: str | Path, **options: Any) -> Any:
     """The model of a folder, ready to use, through transformers' own loader.
 
+    Weights of our own format stay packed in memory. With this package imported, ``from_pretrained`` loads them as well.
+
     Args:
-        folder: what `quantize` made.
+        folder: what `quantize` made, or any other model.
         **options: of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        FormatError: the folder is of a later version of our own format, or damaged.
     """
     from transformers import AutoModelForCausalLM
 

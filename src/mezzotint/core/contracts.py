@@ -108,6 +108,14 @@ class Basis(Protocol):
         """The statistics of ``x' = R^-1 x``."""
         ...
 
+    def input(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens in"]:
+        """``x' = R^-1 x`` of every token, before the matrix in the new basis."""
+        ...
+
+    def output(self, y: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens out"]:
+        """``y = L^-1 y'`` of every token, after the matrix in the new basis."""
+        ...
+
 
 @runtime_checkable
 class Transform(Protocol):

@@ -1,0 +1,1 @@
+"""Running packed weights where other programs load them."""
