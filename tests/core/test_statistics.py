@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.core.statistics import Accumulator, Statistics
+from mezzotint.core.statistics import Accumulator, Statistics, block_ldl_ratio
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import OPTIONAL_SUMS, ProblemSettings, Tokens, make_problem, make_tokens, tensors_of
@@ -210,3 +210,33 @@ def test_wide_grams_are_summed_in_panels_and_symmetric(width):
         sums.add(inputs, weights=weights)
         expected += (inputs * weights[:, None]).T @ inputs
         torch.testing.assert_close(sums.finish().gram, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    strategies.linear_problems(dtypes=(torch.float64,)),
+    st.sampled_from([0.001, 0.01, 1.0]),
+    st.sampled_from([(1, "natural"), (1, "diagonal"), (4, "natural"), (16, "natural")]),
+)
+def test_block_ldl_ratio_is_that_of_the_explicit_factors(problem, damping, how):
+    (tile, order), gram = how, problem.statistics.gram.numpy()
+    seen = gram.diagonal() != 0
+    hessian = reference.damped(gram, damping)
+    columns = reference.visiting_order(gram, "diagonal") if order == "diagonal" else np.arange(len(gram))
+    seen, hessian = seen[columns], hessian[np.ix_(columns, columns)]
+    lower, middle = reference.block_ldl(hessian, tile)
+    # the twin's own identity; condition number up to 40 / damping
+    np.testing.assert_allclose(lower @ middle @ lower.T, hessian, rtol=0, atol=1e-10 * np.abs(hessian).max())
+    wanted = middle.diagonal()[seen].sum() / hessian.diagonal()[seen].sum() if seen.any() else 1.0
+    found = block_ldl_ratio(problem.statistics, tile, damping, order)
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert 0 < found <= 1 + 1e-12
+
+
+def test_block_ldl_ratio_knows_what_feedback_can_do():
+    independent = Statistics(tokens=1.0, gram=torch.diag(torch.tensor([1.0, 4.0, 0.0, 9.0])))
+    assert block_ldl_ratio(independent, 1, 0.01) == pytest.approx(1.0)
+    alike = Statistics(tokens=1.0, gram=torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
+    # the first column is left with what the second does not explain, 1 - 0.6^2; a tile of both explains nothing
+    assert block_ldl_ratio(alike, 1, 0.0) == pytest.approx((0.64 + 1) / 2)
+    assert block_ldl_ratio(alike, 2, 0.0) == pytest.approx(1.0)
+    assert block_ldl_ratio(Statistics(tokens=0.0, gram=torch.zeros(3, 3)), 1, 0.01) == 1.0

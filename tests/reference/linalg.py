@@ -42,3 +42,15 @@ def visiting_order(gram, kind, tile=1):
 def inverse_factor(hessian):
     """Upper triangular ``U`` with ``inv(H) = U' U``, by way of the explicit inverse."""
     return np.linalg.cholesky(np.linalg.inv(hessian)).T
+
+
+def block_ldl(hessian, tile):
+    """``H = L D L'``, unit upper triangular in blocks: each tile's part that later ones cannot explain, last first."""
+    n = len(hessian)
+    lower, middle, rest = np.eye(n), np.zeros((n, n)), hessian.astype(np.float64).copy()
+    for start in reversed(range(0, n, tile)):
+        here = slice(start, min(start + tile, n))
+        middle[here, here] = rest[here, here]
+        lower[:start, here] = rest[:start, here] @ np.linalg.inv(rest[here, here])
+        rest[:start, :start] -= lower[:start, here] @ rest[here, :start]
+    return lower, middle

@@ -95,6 +95,37 @@ class Statistics:
         return torch.cholesky_solve(right.t(), self.ridge(damping).upper, upper=True).t()
 
 
+def block_ldl_ratio(statistics: Statistics, tile: int, damping: float, order: str = "natural") -> float:
+    """``tr D / tr H``: what rounding loses that lets later tiles of columns make up for earlier ones, over nearest.
+
+    In visiting order ``H = L D L'`` with ``L`` unit upper triangular in blocks of the tile and ``D`` block diagonal: a
+    tile that is rounded with feedback loses ``tr(E D_b E')`` for its own rounding error ``E``, where rounding to
+    nearest loses ``tr(E H_bb E')`` (QuIP, arXiv 2307.13304, section 3; QuIP#, arXiv 2402.04396, section 4). With
+    ``inv(H) = U' U`` and ``R = inv(U)``, upper triangular as ``U``, ``H = R R'``. Taking each diagonal block of ``R``
+    out of its block column leaves ``L``, so ``D_b = R_bb R_bb'`` with ``R_bb = inv(U_bb)``, and
+    ``tr D = sum_b |inv(U_bb)|^2``.
+
+    The ratio is for errors alike in all columns. It is at most 1, and 1 where no tile says anything of another.
+    Columns never seen count in neither trace.
+
+    Args:
+        statistics: of the inputs.
+        tile: columns that are rounded together, 1 or the grid's tile.
+        damping: of the rounding, whose factor is used; both traces are of the damped Hessian.
+        order: of the rounding.
+    """
+    factor = statistics.factor(damping, order, tile)
+    diagonal = statistics.gram.diagonal()
+    seen = (diagonal != 0)[factor.columns]
+    total = float(diagonal.sum(dtype=torch.float64) + int(seen.sum()) * factor.damping * diagonal.double().mean())
+    inner = 0.0
+    for start in range(0, len(seen), tile):
+        block = factor.upper[start : start + tile, start : start + tile].double()
+        inverse = torch.linalg.solve_triangular(block, torch.eye(len(block)).to(block), upper=True)
+        inner += float(inverse[seen[start : start + tile]].square().sum())
+    return inner / total if total else 1.0
+
+
 def padded(
     matrix: Float[Tensor, "out in"], statistics: Statistics | None, multiple: tuple[int, int]
 ) -> tuple[Tensor, Statistics | None]:
