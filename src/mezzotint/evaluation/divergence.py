@@ -1,7 +1,7 @@
 """Perplexity of a model, and its divergence from another, accumulated chunk by chunk of positions."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,7 +138,7 @@ class Divergence:
             seqlen=seqlen,
             reference_perplexity=perplexity(math.fsum(sums.reference_nll for sums in windows), tokens),
             kl_nats=math.fsum(sums.kl for sums in windows) / tokens,
-            kl_stderr=_standard_error([sums.kl for sums in windows], [sums.tokens for sums in windows]),
+            kl_stderr=standard_error([sums.kl for sums in windows], [sums.tokens for sums in windows]),
             kl_percentiles=dict(zip(PERCENTILES, quantiles.tolist(), strict=True)),
             top1_agreement=sum(sums.agreed for sums in windows) / tokens,
         )
@@ -163,7 +163,7 @@ def chunks(seqlen: int, vocab: int, budget_bytes: int) -> tuple[Int64[Tensor, " 
     return torch.arange(seqlen - 1).split(size)
 
 
-def _standard_error(sums: list[float], counts: list[int]) -> float | None:
+def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
     """Standard error of ``sum(sums) / sum(counts)`` over windows (ratio estimator).
 
     With ``n`` windows of equal counts this is the standard deviation of the window means over ``sqrt(n)``.

@@ -5,7 +5,8 @@ here does what the eager one does, expert by expert, and shows each stage's inpu
 weights of that stage.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,24 @@ def set_observer(module: nn.Module, observer: Observer | None, *, dry: bool = Fa
     else:
         # past nn.Module.__setattr__: an observer that is a module must not become a part of this one
         module.__dict__[_SLOT] = (observer, dry)
+
+
+@contextmanager
+def taken_apart(module: nn.Module, parameter: str) -> Iterator[Sequence[Tensor]]:
+    """Let ``forward`` read a parameter expert by expert, from tensors that can have gradients of their own.
+
+    The gradient of an expert taken from the whole parameter is as large as the parameter, and most of it is zero.
+
+    Args:
+        module: holds the parameter.
+        parameter: its name in the module.
+    """
+    pieces = [piece.detach() for piece in module.get_parameter(parameter)]
+    module.__dict__[parameter] = pieces  # found before what nn.Module.__getattr__ looks up
+    try:
+        yield pieces
+    finally:
+        del module.__dict__[parameter]
 
 
 def forward(

@@ -42,6 +42,12 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
+def through(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The block's output."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
 class _LastBlockReachedError(Exception):
     """Leaves the model's forward: nothing after the blocks is wanted."""
 
@@ -51,6 +57,8 @@ class Bypass:
 
     One cheap forward gives the embedded tokens and each block's own masks, positions and rotary tables; another one
     turns the last block's output into logits, whatever the model does to them.
+
+    Both can be differentiated in whatever of it has been asked to have a gradient; usually nothing has.
 
     Args:
         skeleton: the model, with what is run outside the blocks materialised.
@@ -102,8 +110,7 @@ class Bypass:
         try:
             for block in self._blocks:
                 block.forward = stand_in(block, block.forward)
-            with torch.no_grad():
-                return self._skeleton(input_ids=tokens, attention_mask=mask, use_cache=False, **extra)
+            return self._skeleton(input_ids=tokens, attention_mask=mask, use_cache=False, **extra)
         finally:
             for block in self._blocks:
                 block.__dict__.pop("forward", None)
@@ -197,8 +204,7 @@ class BlockRun:
             return self._run.switch()
 
     def _forward(self) -> tuple[str, Tensor]:
-        output = self._block(self._hidden(), *self._call.args, **self._call.kwargs)
-        return "end", output[0] if isinstance(output, tuple) else output
+        return "end", through(self._block, self._hidden(), self._call)
 
 
 def _current() -> _Paused | None:

@@ -1,0 +1,295 @@
+"""Sensitivities of every matrix from one forward and one backward pass, block by block."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mezzotint.allocation.sensitivity import Sensitivity
+from mezzotint.calibration import Windows
+from mezzotint.core.contracts import Block, Matrix
+from mezzotint.core.metrics import token_nll
+from mezzotint.errors import CalibrationError, NonFiniteError
+from mezzotint.evaluation import standard_error
+from mezzotint.models import Source
+from mezzotint.models.experts import taken_apart
+from mezzotint.pipeline.borders import Borders
+from mezzotint.pipeline.capture import Bypass
+from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.streams import surroundings
+
+
+def measure_sensitivity(
+    source: Source,
+    windows: Windows,
+    *,
+    device: str = "cpu",
+    memory: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Mapping[str, Sensitivity]:
+    """Fisher information of every matrix of the blocks, of the head and of the embedding.
+
+    With ``p_t`` the distribution that the model predicts at one of ``N`` positions, a small change ``dW`` costs
+
+        1/N sum_t KL(p_t(W) || p_t(W + dW))  ~=  1/2 dW' F dW,
+        F = 1/N sum_t E[g_t g_t'],   g_t = d/dW log p_t(y_t),   y_t ~ p_t
+
+    where the text stays what it is and only the labels are drawn. Labels of different positions are independent and
+    ``E g_t = 0``, so in a window ``E |sum_t g_t|^2 = sum_t E |g_t|^2``: with one gradient ``G_w = sum_t g_t`` for each
+    window,
+
+        tr F  ~=  1/N sum_w |G_w|^2.
+
+    The same holds for each entry of the diagonal of ``F``, and so for the sums over its rows and columns. Windows are
+    not summed before squaring: that has the same mean, but is a single draw. (Sampled labels, not those of the text:
+    with those, one gets the empirical Fisher, which is another matrix.)
+
+    The forward pass keeps the hidden states between the blocks, the backward pass reads each block a second time and
+    runs it forward and backward, a window at a time. Besides one block, its activations of one window and the largest
+    gradient of a matrix (of the head: its own size), only these states are held.
+
+    Positions are those that `evaluate` scores: padding and the last position of a window do not count. A head tied to
+    the embedding is one matrix with the gradient of both its uses.
+
+    Which experts a token goes to has no gradient: what a model loses when an error sends tokens to other experts in
+    later blocks comes on top, and where tokens are near a tie that is the larger part (`noise_insertion` sees it).
+
+    Args:
+        source: the original.
+        windows: text; a few tens of thousands of tokens.
+        device: where blocks run.
+        memory: bytes of hidden states that may be held; more is spilled to a temporary file.
+        seed: of the labels.
+        dtype: in which everything runs, float32 or wider.
+        progress: told of steps done, and of how many there are.
+
+    Returns:
+        By the canonical name of the matrix; the embedding by its parameter's, unless the head is tied to it.
+
+    Raises:
+        CalibrationError: there is no position to score.
+        NonFiniteError: the model gives NaN or infinity.
+    """
+    total = 2 * len(source.map.blocks) + 2
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    with tempfile.TemporaryDirectory(prefix="mezzotint-") as folder:
+        store = Store(Budget(memory), Path(folder))
+        try:
+            borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
+            with torch.enable_grad():
+                return _Backward(borders, seed).run(step)
+        finally:
+            store.close()
+
+
+class _Sums:
+    """Squared gradients of one matrix."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], windows: int) -> None:
+        self.energy = float(weight.square().mean(dtype=torch.float64))
+        self.rows = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+        self.columns = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+        self.squares = torch.zeros(windows, dtype=torch.float64, device=weight.device)
+
+    def add(
+        self, window: int, left: Float[Tensor, "out in"], right: Float[Tensor, "out in"], at: Tensor | None = None
+    ) -> None:
+        """Add the products of two gradients' entries, in rows ``at`` of the matrix if there are no others."""
+        products = left * right
+        rows = products.sum(1, dtype=torch.float64)
+        self.squares[window] += rows.sum()
+        if at is None:
+            self.rows += rows
+        else:
+            self.rows[at] += rows
+        self.columns += products.sum(0, dtype=torch.float64)
+
+    def result(self, counts: Sequence[int]) -> Sensitivity:
+        """Means over the positions, of which each window has so many."""
+        positions = sum(counts)
+        trace = float(self.squares.sum()) / positions
+        scored = [(s, n) for s, n in zip(self.squares.tolist(), counts, strict=True) if n]
+        error = standard_error([s for s, _ in scored], [n for _, n in scored])
+        return Sensitivity(
+            energy=self.energy,
+            rows=self.rows.cpu() / positions,
+            columns=self.columns.cpu() / positions,
+            relative_error=None if error is None else error / trace if trace else 0.0,
+        )
+
+
+class _Backward:
+    """The way back, from labels to the embedding.
+
+    What `Borders` keeps at a border, the hidden states of each window, is replaced by the gradient in them on the way.
+
+    Args:
+        borders: after the forward pass.
+        seed: of the labels.
+    """
+
+    def __init__(self, borders: Borders, seed: int) -> None:
+        self._borders = borders
+        self._source = borders.source
+        self._seed = seed
+        self._sums: dict[str, _Sums] = {}
+        self._window = 0
+        head = None if self._source.map.head is None else self._source.map.matrices[self._source.map.head]
+        self._head = head
+        self._tied = head is not None and head.tied_to is not None
+        self._counts = [sum(map(len, borders.scored(window))) for window in range(len(borders))]
+        if not sum(self._counts):
+            raise CalibrationError("no window has two tokens in a row, so nothing is predicted. Give longer windows.")
+
+    def run(self, step: Callable[[], None]) -> Mapping[str, Sensitivity]:
+        """Everything, from back to front; the result is in the order in which it runs."""
+        self._through_head()
+        step()
+        for block in reversed(self._source.map.blocks):
+            self._through_block(block)
+            step()
+        self._through_embedding()
+        step()
+        embedding = [] if self._tied else [self._source.map.embedding]
+        order = [*embedding, *(name for name in self._source.map.matrices if name in self._sums)]
+        return {name: self._sums[name].result(self._counts) for name in order}
+
+    def _through_head(self) -> None:
+        """From labels drawn from the model's own predictions to the last block's output."""
+        with self._surroundings(head=True) as bypass:
+            weight = None if self._head is None else self._source.skeleton.get_parameter(self._head.parameter)
+            if self._head is not None and weight is not None:
+                weight.requires_grad_(True)
+                self._start(self._head, weight.detach())
+            for window in range(len(self._borders)):
+                tokens = self._borders.tokens(window)
+                hidden = self._borders.pop(self._borders.last, window).detach().requires_grad_(True)
+                hidden.grad = torch.zeros_like(hidden)
+                # drawn for all positions at once, so that chunks do not show in the labels
+                generator = torch.Generator().manual_seed(self._seed + window)
+                uniform = torch.rand(tokens.shape[1], generator=generator, dtype=torch.float64).to(hidden.device)
+                for positions in self._borders.scored(window):
+                    logits = bypass.logits(tokens, hidden, positions)[0]
+                    labels = sampled(logits.detach(), uniform[positions])
+                    token_nll(logits, labels).sum().backward()
+                self._keep(self._borders.last, window, hidden.grad)
+                if self._head is not None and weight is not None and weight.grad is not None:
+                    gradient, weight.grad = weight.grad, None
+                    self._add(self._head, window, gradient)
+                    if self._tied:
+                        self._borders.put(self._borders.last + 1, window, gradient[tokens.unique()])
+
+    def _through_block(self, block: Block) -> None:
+        """From a block's output to its input."""
+        with self._borders.filled(block) as module, self._watched(block):
+            for window in range(len(self._borders)):
+                hidden = self._borders.get(block.index, window).detach().requires_grad_(True)
+                gradient = self._borders.pop(block.index + 1, window)
+                self._window = window
+                torch.autograd.backward(self._borders.through(module, block, window, hidden), gradient)
+                assert hidden.grad is not None
+                self._keep(block.index, window, hidden.grad)
+
+    def _through_embedding(self) -> None:
+        """From the first block's input to the table that tokens are looked up in."""
+        name = self._source.map.embedding
+        with self._surroundings(head=False) as bypass:
+            table = self._source.skeleton.get_parameter(name)
+            table.requires_grad_(True)
+            if self._tied:
+                assert self._head is not None
+                name = self._head.name
+            else:
+                self._sums[name] = _Sums(table.detach(), len(self._borders))
+            for window in range(len(self._borders)):
+                tokens = self._borders.tokens(window)
+                hidden, _ = bypass.record(tokens, self._borders.mask(window))
+                torch.autograd.backward(hidden, self._borders.pop(0, window))
+                assert table.grad is not None
+                used = tokens.unique()
+                gradient, table.grad = table.grad[used], None
+                self._sums[name].add(window, gradient, gradient, at=used)
+                if self._tied and self._counts[window]:
+                    # |A + B|^2 = |A|^2 + |B|^2 + 2 A B; the first was added with the head
+                    other = self._borders.pop(self._borders.last + 1, window)
+                    self._sums[name].add(window, 2 * other, gradient, at=used)
+
+    @contextmanager
+    def _watched(self, block: Block) -> Iterator[None]:
+        """Add up what arrives at the block's matrices, and forget each gradient at once."""
+        by_parameter: dict[str, list[Matrix]] = {}
+        for name in (name for group in block.groups for name in group.matrices):
+            matrix = self._source.map.matrices[name]
+            by_parameter.setdefault(matrix.parameter, []).append(matrix)
+        with ExitStack() as stack:
+            for name, matrices in by_parameter.items():
+                path, _, attribute = name.rpartition(".")
+                owner = self._source.skeleton.get_submodule(path)
+                if matrices[0].expert is None:
+                    self._watch(matrices[0], owner.get_parameter(attribute), stack)
+                    continue
+                pieces = stack.enter_context(taken_apart(owner, attribute))
+                for matrix in matrices:
+                    assert matrix.expert is not None
+                    self._watch(matrix, pieces[matrix.expert], stack)
+            yield
+
+    def _watch(self, matrix: Matrix, leaf: Tensor, stack: ExitStack) -> None:
+        """Of a parameter, or of one expert's part of it."""
+        leaf.requires_grad_(True)
+        self._start(matrix, leaf.detach())
+
+        def arrived(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            gradient, leaf.grad = leaf.grad, None
+            self._add(matrix, self._window, gradient)
+
+        stack.callback(leaf.register_post_accumulate_grad_hook(arrived).remove)
+
+    def _start(self, matrix: Matrix, piece: Tensor) -> None:
+        self._sums[matrix.name] = _Sums(_oriented(matrix, piece), len(self._borders))
+
+    def _add(self, matrix: Matrix, window: int, gradient: Tensor) -> None:
+        oriented = _oriented(matrix, gradient)
+        self._sums[matrix.name].add(window, oriented, oriented)
+
+    def _keep(self, border: int, window: int, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            raise NonFiniteError(
+                f"the gradient before block {border} of {self._source.folder.name!r} is NaN or infinite in "
+                f"{self._borders.dtype}; check the original with `mezzotint evaluate`."
+            )
+        self._borders.put(border, window, gradient)
+
+    def _surroundings(self, *, head: bool) -> AbstractContextManager[Bypass]:
+        borders = self._borders
+        return surroundings(self._source, head=head, dtype=borders.dtype, device=borders.device)
+
+
+def sampled(
+    logits: Float[Tensor, "positions vocab"], uniform: Float[Tensor, " positions"]
+) -> Int[Tensor, " positions"]:
+    """One label for each position, where its uniform number falls in the cumulated probabilities.
+
+    Logits that differ by a rounding may give another label. It is as good a draw as the other.
+    """
+    cumulated = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    found = torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True)
+    return found.squeeze(1).clamp_max(logits.shape[1] - 1)
+
+
+def _oriented(matrix: Matrix, piece: Tensor) -> Tensor:
+    """What is stored of one matrix as ``[out, in]``."""
+    return piece.t() if matrix.transposed else piece
