@@ -38,14 +38,16 @@ def product(
 def _fused(
     x: Float[Tensor, "tokens in"], scheme: Scheme, parts: Mapping[str, Tensor]
 ) -> Float[Tensor, "tokens out"] | None:
-    """The product by a kernel that decodes between the load and the multiplication, where there is one."""
+    """The product by a kernel that decodes between the load and the multiplication; None for other grids."""
     grid, (rows, columns) = scheme.grid, scheme.shape
-    if isinstance(grid, TrellisGrid) and (trellis_matmul := getattr(kernels, "trellis_matmul", None)) is not None:
-        wide = functional.pad(x, (0, -columns % SIDE))
-        return trellis_matmul(wide, parts["packed"], states=grid.states)[:, :rows] * parts["scale"].float()
-    if isinstance(grid, UniformGrid) and (packed_matmul := getattr(kernels, "packed_matmul", None)) is not None:
+    if isinstance(grid, TrellisGrid):
+        wide = x if columns % SIDE == 0 else functional.pad(x, (0, -columns % SIDE))
+        return kernels.trellis_matmul(wide, parts["packed"], states=grid.states)[:, :rows] * parts["scale"].float()
+    if isinstance(grid, UniformGrid):
         scale = parts["scale"].float()
         middle = torch.full_like(scale, 2.0 ** (grid.bits - 1))
         zero_point = middle if grid.symmetric else parts["zero_point"].float()
-        return packed_matmul(x, parts["packed"], scale, zero_point, grid.columns_per_group(columns), bits=grid.bits)
+        return kernels.packed_matmul(
+            x, parts["packed"], scale, zero_point, grid.columns_per_group(columns), bits=grid.bits
+        )
     return None
