@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mezzotint.core.contracts import Basis
 from mezzotint.engines.product import product
 from mezzotint.formats.native import CHECKSUM, Scheme
 
@@ -36,6 +37,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        self._seen: tuple[tuple[Tensor | None, ...], Mapping[str, Tensor], Basis | None] | None = None
         self.out_features, self.in_features = scheme.shape
         for name, (kind, shape) in scheme.specs().items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
@@ -62,18 +64,27 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         """``x W^T + bias``, in the dtype of ``x``."""
-        parts = {name.removeprefix("weight_"): value for name, value in self.stored.items() if name != CHECKSUM}
+        parts, basis = self._prepared()
         flat = x.reshape(-1, self.in_features)
-        basis = None
-        if self.scheme.transform is not None:
-            stored = {name: parts["basis_" + name] for name in self.scheme.transform.specs(self.scheme.shape)}
-            basis = self.scheme.transform.restore(self.scheme.shape, stored)
+        if basis is not None:
             flat = basis.input(flat)
         y = product(flat.detach(), self.scheme, parts, x.dtype)
         if basis is not None:
             y = basis.output(y)
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def _prepared(self) -> tuple[Mapping[str, Tensor], Basis | None]:
+        """The format's tensors and the basis, made again whenever a buffer was replaced: loading and moving do that."""
+        buffers = tuple(self._buffers.values())
+        if self._seen is None or any(a is not b for a, b in zip(self._seen[0], buffers, strict=True)):
+            parts = {name.removeprefix("weight_"): value for name, value in self.stored.items() if name != CHECKSUM}
+            basis = None
+            if self.scheme.transform is not None:
+                stored = {name: parts["basis_" + name] for name in self.scheme.transform.specs(self.scheme.shape)}
+                basis = self.scheme.transform.restore(self.scheme.shape, stored)
+            self._seen = buffers, parts, basis
+        return self._seen[1], self._seen[2]
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -1,7 +1,7 @@
 """Random signs and block Hadamard matrices: any matrix looks Gaussian to the grid, whatever outliers it had."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -102,6 +102,8 @@ class HadamardBasis:
     shape: tuple[int, int]
     input_sign: UInt8[Tensor, " bytes"]
     output_scale: Float16[Tensor, " out"]
+    # signs and scales in the dtypes and on the devices they were asked for: a model asks at every token
+    _ready: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         found = len(self.output_scale), len(self.input_sign)
@@ -186,11 +188,17 @@ class HadamardBasis:
         return kernels.hadamard(values.t(), self.blocks[0]).t().contiguous()
 
     def _sign(self, like: Tensor) -> Float[Tensor, " in"]:
-        bits = self.input_sign.to(like.device).unsqueeze(1) >> torch.arange(8, device=like.device) & 1
-        return (1 - 2 * bits.flatten()[: self.shape[1]]).to(like.dtype)
+        key = "sign", like.dtype, like.device
+        if key not in self._ready:
+            bits = self.input_sign.to(like.device).unsqueeze(1) >> torch.arange(8, device=like.device) & 1
+            self._ready[key] = (1 - 2 * bits.flatten()[: self.shape[1]]).to(like.dtype)
+        return self._ready[key]
 
     def _scale(self, like: Tensor) -> Float[Tensor, " out"]:
-        return self.output_scale.to(like.device, like.dtype)
+        key = "scale", like.dtype, like.device
+        if key not in self._ready:
+            self._ready[key] = self.output_scale.to(like.device, like.dtype)
+        return self._ready[key]
 
 
 def _wide(values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
