@@ -34,6 +34,33 @@ def quality() -> list[str]:
     return [heading, "", *lines]
 
 
+def trellises() -> list[str]:
+    """The trellis against the uniform grid at equal stored bits."""
+    base = [r for r in rows_of("quality") if r["settings"]["row"]["name"] == "gptq, plain range"]
+    rows = sorted(base + rows_of("trellis"), key=lambda r: -r["evaluate"]["kl_nats"])
+    lines = ["| stored bits | recipe | KL, nats/token | perplexity |", "|---|---|---|---|"]
+    for r in rows:
+        e, stored = r["evaluate"], r["quantize"]["bits_per_weight"]
+        lines.append(f"| {stored:.2f} | {r['settings']['row']['name']} | {e['kl_nats']:.3f} | {e['perplexity']:.1f} |")
+    return ["The trellis on the same model, text and calibration (`python -m benchmarks trellis`):", "", *lines]
+
+
+def generation() -> list[str]:
+    """Speed of packed weights."""
+    lines = ["| threads | bfloat16, ms/token | packed, ms/token | times faster |", "|---|---|---|---|"]
+    rows = rows_of("decoding")
+    for r in rows:
+        ms = r["milliseconds_per_token"]
+        times = f"{ms['bfloat16']:.0f} | {ms['packed']:.0f} | {r['times_faster']:.2f}"
+        lines.append(f"| {r['settings']['threads']} | {times} |")
+    stored = rows[0]["settings"]["bits_per_weight"]
+    heading = (
+        f"Generating token by token from a trellis of {stored:.2f} stored bits and from bfloat16, both in transformers, "
+        "in one\nrun (`python -m benchmarks.decoding`):"
+    )
+    return [heading, "", *lines]
+
+
 def costs() -> list[str]:
     """Time and memory."""
     lines = ["| what | seconds | seconds of processor | peak memory, MiB |", "|---|---|---|---|"]
@@ -57,7 +84,7 @@ def costs() -> list[str]:
 def main() -> None:
     """Replace what stands between the README's markers."""
     text = README.read_text(encoding="utf-8")
-    body = "\n".join(["", *quality(), "", *costs(), ""])
+    body = "\n".join(["", *quality(), "", *trellises(), "", *generation(), "", *costs(), ""])
     changed = re.sub(r"(?<=<!-- results -->).*?(?=<!-- /results -->)", lambda _: body, text, flags=re.DOTALL)
     README.write_text(changed, encoding="utf-8")
 

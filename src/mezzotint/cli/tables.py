@@ -193,7 +193,8 @@ def show_palette(found: Sequence[Any], console: Console) -> None:
     """Every grid, best first at each number of bits."""
     table = Table(title="palette: error on Gaussian weights of unit variance")
     for column in ("grid", "bits", "with scales", "error", "x bound", "decodes, G/s", "engines", "also called"):
-        table.add_column(column, justify="left" if column in ("grid", "engines", "also called") else "right")
+        left = column in ("grid", "engines", "also called")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "grid")
     for one in sorted(found, key=lambda one: (one.bits, one.distortion or 0.0)):
         error = ("-", "-") if one.distortion is None else (f"{one.distortion:.4g}", f"{one.ratio_to_bound:.2f}")
         rate = "-" if one.decode_rate is None else f"{one.decode_rate / 1e9:.2f}"

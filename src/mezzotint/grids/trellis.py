@@ -57,7 +57,7 @@ class TrellisGrid:
 
     kind: ClassVar[str] = "trellis"
     bits: float | int = 3.0
-    states: Literal[12, 16] = 12
+    states: int = 12
     scale_per: Literal["matrix", "row"] = "matrix"
     window: int = 32
 
