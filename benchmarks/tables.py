@@ -55,8 +55,8 @@ def generation() -> list[str]:
         lines.append(f"| {r['settings']['threads']} | {times} |")
     stored = rows[0]["settings"]["bits_per_weight"]
     heading = (
-        f"Generating token by token from a trellis of {stored:.2f} stored bits and from bfloat16, both in transformers, "
-        "in one\nrun (`python -m benchmarks.decoding`):"
+        f"Generating token by token from a trellis of {stored:.2f} stored bits and from bfloat16, both in "
+        "transformers, in one\nrun (`python -m benchmarks.decoding`):"
     )
     return [heading, "", *lines]
 
