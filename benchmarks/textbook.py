@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mezzotint
-from benchmarks.__main__ import HERE, machine, versions
+from benchmarks.__main__ import HERE, halves, machine, versions
 from mezzotint.calibration import consecutive_windows, load_tokenizer, read_text
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.models import open_model
@@ -44,16 +44,6 @@ def load_textbook() -> Any:
     sys.modules["textbook"] = module
     spec.loader.exec_module(module)
     return module
-
-
-def halves(text: Path, folder: Path) -> tuple[Path, Path]:
-    """Two files with the halves of a text, cut at a line end."""
-    whole = text.read_text(encoding="utf-8")
-    middle = whole.index("\n", len(whole) // 2) + 1
-    first, second = folder / "first.txt", folder / "second.txt"
-    first.write_text(whole[:middle], encoding="utf-8")
-    second.write_text(whole[middle:], encoding="utf-8")
-    return first, second
 
 
 def our_run(request: Request, out: Path) -> tuple[dict[str, float], dict[str, QuantizedWeight]]:
@@ -96,7 +86,7 @@ def textbook_run(
 def compare(model: Path, text: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """One row."""
     with tempfile.TemporaryDirectory() as scratch:
-        first, second = halves(text, Path(scratch))
+        first, second = (Path(half) for half in halves(text, Path(scratch)).values())
         request = Request(
             model=model,
             recipe=resolve_recipe(

@@ -195,9 +195,9 @@ def show_palette(found: Sequence[Any], console: Console) -> None:
     for column in ("grid", "bits", "with scales", "error", "x bound", "decodes, G/s", "engines", "also called"):
         left = column in ("grid", "engines", "also called")
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "grid")
-    for one in sorted(found, key=lambda one: (one.bits, one.distortion or 0.0)):
-        error = ("-", "-") if one.distortion is None else (f"{one.distortion:.4g}", f"{one.ratio_to_bound:.2f}")
-        rate = "-" if one.decode_rate is None else f"{one.decode_rate / 1e9:.2f}"
+    for one in sorted(found, key=lambda one: (one.bits, one.distortion)):
+        error = f"{one.distortion:.4g}", f"{one.ratio_to_bound:.2f}"
+        rate = f"{one.decode_rate / 1e9:.2f}"
         names = ", ".join(one.engines), ", ".join(one.aliases)
         table.add_row(one.name, f"{one.bits:g}", f"{one.bits_with_side_data:.3f}", *error, rate, *names)
     console.print(table)

@@ -26,6 +26,10 @@ class Factor:
     permutation: Int[Tensor, " in"] | None
     damping: float
 
+    def needed(self, setting: str, asked: float) -> dict[str, float | str]:
+        """What the report says of a setting where more damping was needed than asked for."""
+        return {} if self.damping == asked else {setting: self.damping}
+
     @property
     def columns(self) -> Int[Tensor, " in"]:
         """Columns in visiting order."""

@@ -79,11 +79,7 @@ class QuantizedLinear(nn.Module):
         buffers = tuple(self._buffers.values())
         if self._seen is None or any(a is not b for a, b in zip(self._seen[0], buffers, strict=True)):
             parts = {name.removeprefix("weight_"): value for name, value in self.stored.items() if name != CHECKSUM}
-            basis = None
-            if self.scheme.transform is not None:
-                stored = {name: parts["basis_" + name] for name in self.scheme.transform.specs(self.scheme.shape)}
-                basis = self.scheme.transform.restore(self.scheme.shape, stored)
-            self._seen = buffers, parts, basis
+            self._seen = buffers, parts, self.scheme.basis(parts)
         return self._seen[1], self._seen[2]
 
     def extra_repr(self) -> str:

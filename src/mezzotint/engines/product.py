@@ -44,9 +44,7 @@ def _fused(
         wide = x if columns % SIDE == 0 else functional.pad(x, (0, -columns % SIDE))
         return kernels.trellis_matmul(wide, parts["packed"], states=grid.states)[:, :rows] * parts["scale"].float()
     if isinstance(grid, UniformGrid):
-        scale = parts["scale"].float()
-        middle = torch.full_like(scale, 2.0 ** (grid.bits - 1))
-        zero_point = middle if grid.symmetric else parts["zero_point"].float()
+        scale, zero_point = grid.restore_parameters(parts)
         return kernels.packed_matmul(
             x, parts["packed"], scale, zero_point, grid.columns_per_group(columns), bits=grid.bits
         )

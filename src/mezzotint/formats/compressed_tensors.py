@@ -12,7 +12,7 @@ from mezzotint import kernels
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
-from mezzotint.formats.targets import compact, known_modules, modules_of
+from mezzotint.formats.targets import compact, known_modules, modules_of, refuses_tied
 from mezzotint.grids.uniform import FittedUniform, UniformGrid
 
 _PACKED = "pack-quantized"
@@ -230,15 +230,7 @@ def _refuses_matrix(matrix: Matrix) -> Refusal | None:
             limit="engines read packed weights for nn.Linear only",
             remedy="Keep it, or use --for dense.",
         )
-    if matrix.tied_to is not None:
-        return Refusal(
-            rule="tied",
-            what=matrix.name,
-            value=f"shares its storage with {matrix.tied_to}",
-            limit="a packed copy would be replaced by the shared tensor when the model is loaded",
-            remedy="Keep it.",
-        )
-    return None
+    return refuses_tied(matrix)
 
 
 def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:

@@ -11,10 +11,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
+from mezzotint.core.contracts import Basis, Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError, unknown
-from mezzotint.formats.targets import module_of
+from mezzotint.formats.targets import module_of, refuses_tied
 from mezzotint.registry import GRIDS, TRANSFORMS, Registry
 
 METHOD = "mezzotint"
@@ -49,11 +49,14 @@ class Scheme:
         """The matrix from its tensors, by their names in the module; on their device, unchecked."""
         parts = {name.removeprefix("weight_"): value for name, value in tensors.items()}
         code, fitted = self.grid.restore(self.shape, parts)
-        basis = None
-        if self.transform is not None:
-            stored = {name: parts["basis_" + name] for name in self.transform.specs(self.shape)}
-            basis = self.transform.restore(self.shape, stored)
-        return QuantizedWeight(shape=self.shape, code=code, grid=fitted, basis=basis)
+        return QuantizedWeight(shape=self.shape, code=code, grid=fitted, basis=self.basis(parts))
+
+    def basis(self, parts: Mapping[str, Tensor]) -> Basis | None:
+        """The basis that the codes are in, from the tensors by their names less ``weight_``."""
+        if self.transform is None:
+            return None
+        stored = {name: parts["basis_" + name] for name in self.transform.specs(self.shape)}
+        return self.transform.restore(self.shape, stored)
 
     def verify(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         """Check that tensors are those that were written.
@@ -102,7 +105,7 @@ class Native:
 
         Rules: ``linear-only``, ``renamed``, ``tied``.
         """
-        return _refuses_kind(matrix) or _refuses_name(matrix)
+        return _refuses_kind(matrix) or refuses_tied(matrix) or _refuses_name(matrix)
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
         """Nothing: every matrix is on its own."""
@@ -227,14 +230,6 @@ def _refuses_kind(matrix: Matrix) -> Refusal | None:
 
 
 def _refuses_name(matrix: Matrix) -> Refusal | None:
-    if matrix.tied_to is not None:
-        return Refusal(
-            rule="tied",
-            what=matrix.name,
-            value=f"shares its storage with {matrix.tied_to}",
-            limit="a packed copy would be replaced by the shared tensor when the model is loaded",
-            remedy="Keep it.",
-        )
     if matrix.sources[0] != matrix.parameter:
         return Refusal(
             rule="renamed",

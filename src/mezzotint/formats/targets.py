@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 
+from mezzotint.core.files import Refusal
 from mezzotint.core.structure import Matrix, ModelMap
 
 _EXPERTS = ".experts"
@@ -29,6 +30,19 @@ def modules_of(matrix: Matrix) -> tuple[str, ...]:
         return (module_of(matrix.parameter),)  # its tensor in the checkpoint is the other one's
     stored = (_container(module_of(source)) for source in matrix.sources)
     return tuple(dict.fromkeys((module_of(matrix.parameter), *stored)))
+
+
+def refuses_tied(matrix: Matrix) -> Refusal | None:
+    """A matrix that shares its storage cannot be packed."""
+    if matrix.tied_to is None:
+        return None
+    return Refusal(
+        rule="tied",
+        what=matrix.name,
+        value=f"shares its storage with {matrix.tied_to}",
+        limit="a packed copy would be replaced by the shared tensor when the model is loaded",
+        remedy="Keep it.",
+    )
 
 
 def known_modules(model: ModelMap, further: Iterable[str] = ()) -> tuple[str, ...]:

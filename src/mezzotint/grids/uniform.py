@@ -98,11 +98,18 @@ class UniformGrid:
         self, shape: tuple[int, int], stored: Mapping[str, Tensor]
     ) -> tuple[UInt8[Tensor, "out in"], "FittedUniform"]:
         """The inverse of `FittedUniform.store`."""
-        scale = stored["scale"].float()
-        middle = torch.full_like(scale, 2.0 ** (self.bits - 1))
-        zero_point = middle if self.symmetric else stored["zero_point"].float()
+        scale, zero_point = self.restore_parameters(stored)
         code = kernels.unpack_bits(stored["packed"], self.bits, shape[1])
         return code, FittedUniform(grid=self, shape=shape, scale=scale, zero_point=zero_point)
+
+    def restore_parameters(
+        self, stored: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """Scales and zero points, in float32."""
+        scale = stored["scale"].float()
+        if self.symmetric:
+            return scale, torch.full_like(scale, 2.0 ** (self.bits - 1))
+        return scale, stored["zero_point"].float()
 
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedUniform":
         """Scales and zero points for one target, by the setting ``range``.

@@ -1,6 +1,7 @@
 """Calibration windows for a plan: from text, a data set, or sampled from the model itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,11 +16,14 @@ from mezzotint.calibration import (
     sample_windows,
     separator_token,
 )
+from mezzotint.core.files import Entry
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
 from mezzotint.pipeline.costs import SAMPLING_BYTES, CalibrationPlan
+from mezzotint.pipeline.plan import Planned
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.streams import Streams
 
 _SELF_BATCH = 64
 
@@ -45,6 +49,37 @@ def calibration_windows(
     )
     windows.check_vocabulary(source.config)
     return windows
+
+
+def calibrated_streams(
+    source: Source,
+    planned: Planned,
+    entries: Sequence[Entry],
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Streams:
+    """The two streams on the windows of a plan, for these of its entries.
+
+    Args:
+        source: the original.
+        planned: its calibration must not be None.
+        entries: what will ask for statistics.
+        folder: where activations spill to.
+        progress: told of windows sampled.
+    """
+    request = planned.request
+    assert planned.calibration is not None
+    fit, held_out = calibration_windows(source, planned.calibration, request, progress).split(seed=request.seed)
+    return Streams(
+        source,
+        fit,
+        held_out,
+        original_fit=any(entry.needs & {"drift", "residual"} for entry in entries),
+        folder=folder,
+        stream_bytes=planned.costs.stream_bytes if request.memory is not None else None,
+        keep_runs=planned.costs.keep_runs,
+        device=request.device,
+    )
 
 
 def _sampled(

@@ -12,6 +12,7 @@ from mezzotint.models import Source
 BASE_BYTES = 520 * 2**20  # interpreter, torch and transformers, measured on Linux
 START_SECONDS = 2.0  # opening, planning, writing
 SAMPLING_BYTES = 1.8  # the whole model and its KV cache, as a multiple of the checkpoint
+LOGIT_BYTES = 256 * 2**20  # of logits and what is computed from them, at a time
 BATCH_TOKENS = 4096  # that run through a block together
 _FLOAT = 4
 _BATCH_COPIES = 4  # temporaries of a block's forward, in units of its widest activations

@@ -6,12 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mezzotint.errors import ConfigError
-from mezzotint.pipeline.calibrate import calibration_windows
+from mezzotint.pipeline.calibrate import calibrated_streams
 from mezzotint.pipeline.plan import make_plan
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.solve import MatrixRecord
 from mezzotint.pipeline.source import open_original
-from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import BlockRecord, Sweep
 
 
@@ -63,9 +62,7 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
     if not 1 <= blocks <= total:
         raise ConfigError(f"--blocks is {blocks}; this model has {total}. Give 1 to {total}.")
     planned = make_plan(source, request, calibrate=True)
-    assert planned.calibration is not None
     entries = [entry for entry in planned.plan.entries if entry.block is not None and entry.block < blocks]
-    fit, held_out = calibration_windows(source, planned.calibration, request, lambda *_: None).split(seed=request.seed)
     behind: list[BlockRecord] = []
 
     def notify(record: MatrixRecord | BlockRecord) -> None:
@@ -74,16 +71,7 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
             passed(len(behind), total)
 
     with TemporaryDirectory(prefix="mezzotint-") as folder:
-        streams = Streams(
-            source,
-            fit,
-            held_out,
-            original_fit=any(entry.needs & {"drift", "residual"} for entry in entries),
-            folder=Path(folder),
-            stream_bytes=None,
-            keep_runs=planned.costs.keep_runs,
-            device=request.device,
-        )
+        streams = calibrated_streams(source, planned, entries, Path(folder))
         sweep = Sweep(
             source,
             entries,

@@ -14,13 +14,13 @@ from mezzotint.calibration import Windows, check_vocabulary, consecutive_windows
 from mezzotint.errors import CalibrationError, NonFiniteError, WriteError
 from mezzotint.evaluation import Divergence, Evaluation, chunks
 from mezzotint.models import Source, dematerialize, materialize
-from mezzotint.pipeline.capture import BlockRun, Bypass
+from mezzotint.pipeline.capture import Bypass, through
+from mezzotint.pipeline.costs import LOGIT_BYTES
 from mezzotint.pipeline.residency import Budget, Store
 from mezzotint.pipeline.source import open_source
 from mezzotint.pipeline.streams import Batch, batches_of, surroundings
 
 DEFAULT_SEQLEN = 2048
-_LOGIT_BYTES = 256 * 2**20
 
 
 def evaluate(
@@ -116,7 +116,7 @@ def _compare(
         for row in range(batch.tokens.shape[0]):
             tokens = batch.tokens[row : row + 1].to(device)
             hidden = [output[row : row + 1] for output in outputs]
-            for positions in chunks(tokens.shape[1], vocabulary, _LOGIT_BYTES):
+            for positions in chunks(tokens.shape[1], vocabulary, LOGIT_BYTES):
                 divergence.add(*_logits(bypasses, hidden, tokens, positions))
             divergence.end_window()
         step()
@@ -171,8 +171,7 @@ def run_blocks(source: Source, batches: list[Batch], store: Store, *, device: st
         module = source.skeleton.get_submodule(block.path)
         materialize(module, block.path, source.checkpoint, dtype=torch.float32, device=device)
         for index in range(len(batches)):
-            hidden = store.get(index)
-            output = BlockRun(module, lambda hidden=hidden: hidden, calls[index][block.index]).finish()
+            output = through(module, store.get(index), calls[index][block.index])
             if not torch.isfinite(output).all():
                 raise NonFiniteError(f"block {block.index} of {source.folder.name!r} gives NaN or infinity.")
             store.put(index, output)

@@ -28,8 +28,8 @@ class Colour:
         aliases: what papers call a grid that this one covers.
         bits: of a code, per weight.
         bits_with_side_data: of a 4096 x 4096 matrix, one group or scale a row.
-        distortion: mean squared error on Gaussian weights of unit variance; None where nobody measured it.
-        decode_rate: weights a second on this machine; None if not asked for.
+        distortion: mean squared error on Gaussian weights of unit variance.
+        decode_rate: weights a second on this machine.
         engines: that load it.
     """
 
@@ -38,14 +38,14 @@ class Colour:
     aliases: tuple[str, ...]
     bits: float
     bits_with_side_data: float
-    distortion: float | None
-    decode_rate: float | None
+    distortion: float
+    decode_rate: float
     engines: tuple[str, ...]
 
     @property
-    def ratio_to_bound(self) -> float | None:
+    def ratio_to_bound(self) -> float:
         """Distortion over ``2^(-2 bits)``, the least that any code of that rate can have."""
-        return None if self.distortion is None else self.distortion * 4.0**self.bits
+        return self.distortion * 4.0**self.bits
 
 
 def palette(*, measure: bool = False) -> Iterator[Colour]:
@@ -98,10 +98,10 @@ def _table() -> dict[str, float]:
     return tomllib.loads(text)["distortion"]
 
 
-def _committed(name: str, grid: Grid) -> float | None:
+def _committed(name: str, grid: Grid) -> float:
     if isinstance(grid, TrellisGrid):
         return measured(grid.states)[grid.rate].distortion
-    return _table().get(name)
+    return _table()[name]
 
 
 def _decode_rate(grid: Grid, weights: torch.Tensor) -> float:
@@ -124,7 +124,7 @@ def _aliases(grid: Grid) -> Iterator[str]:
             yield f"tcq-{grid.bits:g}"
         elif grid.rate % 4 == 2 and 14 <= grid.rate <= 38:
             yield f"half-tcq-{grid.bits:g}"
-        if grid.rate % 8 == 0 and grid.rate <= 64:
+        if grid.rate % 8 == 0:
             yield f"exl3-{grid.bits:g}"
 
 

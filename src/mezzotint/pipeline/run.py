@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.errors import RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source
-from mezzotint.pipeline.calibrate import calibration_windows
+from mezzotint.pipeline.calibrate import calibrated_streams
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
@@ -107,24 +106,12 @@ def _work(
 def _streams(source: Source, planned: Planned, folder: Path, tell: Listener) -> Streams | None:
     if planned.calibration is None:
         return None
-    request = planned.request
-    windows = calibration_windows(
+    return calibrated_streams(
         source,
-        planned.calibration,
-        request,
+        planned,
+        planned.plan.entries,
+        folder,
         lambda done, total: tell(Progress(stage="sampling", done=done, total=total)),
-    )
-    fit, held_out = windows.split(seed=request.seed)
-    needs = frozenset().union(*(entry.needs for entry in planned.plan.entries))
-    return Streams(
-        source,
-        fit,
-        held_out,
-        original_fit=bool(needs & {"drift", "residual"}),
-        folder=folder,
-        stream_bytes=planned.costs.stream_bytes if request.memory is not None else None,
-        keep_runs=planned.costs.keep_runs,
-        device=request.device,
     )
 
 
@@ -139,14 +126,11 @@ def _sweep(
         done = sum(isinstance(r, MatrixRecord) for r in records)
         tell(Progress(stage="quantizing", done=done, total=total, record=record))
 
-    def sink(matrix: Any, weight: QuantizedWeight) -> None:
-        output.put(matrix, weight)
-
     sweep = Sweep(
         source,
         planned.plan.entries,
         streams,
-        sink=sink,
+        sink=output.put,
         notify=notify,
         device=planned.request.device,
         seed=planned.request.seed,

@@ -13,7 +13,6 @@ from mezzotint.core.files import Entry
 from mezzotint.core.metrics import h_error
 from mezzotint.core.statistics import Statistics, padded
 from mezzotint.errors import MezzotintError
-from mezzotint.pipeline.residency import check_finite
 from mezzotint.targets.qep import quadratic_of
 
 Sink = Callable[[Matrix, QuantizedWeight], None]
@@ -84,8 +83,6 @@ class Solver:
             held_out: the same on other windows, for decisions.
             place: number of the input group: it has random numbers of its own.
         """
-        for matrix, weight in weights:
-            check_finite(matrix.name, weight)
         used, note = trusted(weights[0][0], fit)
         turned = self._turned(weights, used, held_out, place)
         return [
@@ -132,11 +129,11 @@ class Solver:
         fit, used, held_out = known
         if turned is None:
             turned = _Turned(self._aim(matrix, weight, used, held_out), None, used)
-        judge = None
-        if held_out is not None and held_out.tokens > 0:
+        entry, judge = self._entries[matrix.name], None
+        if entry.refinement is not None and held_out is not None and held_out.tokens > 0:
             judge = quadratic_of(weight.to(turned.aim.matrix.dtype), held_out)
         try:
-            result, decisions = quantized(self._entries[matrix.name], matrix.shape, turned, judge)
+            result, decisions = quantized(entry, matrix.shape, turned, judge)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise

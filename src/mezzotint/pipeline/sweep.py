@@ -108,11 +108,13 @@ class Sweep:
         matrices = [self._source.map.matrices[name] for name in names if name in self._entries]
         # one at a time where nothing is fitted together, for memory
         together = any(self._entries[matrix.name].transform is not None for matrix in matrices)
-        for members in [matrices] if together and matrices else [[matrix] for matrix in matrices]:
+        for members in [matrices] if together else [[matrix] for matrix in matrices]:
             weights = []
             for matrix in members:
                 parameter = self._source.checkpoint.parameter(matrix.parameter).to(self._device)
-                weights.append((matrix, matrix.view(parameter)))
+                weight = matrix.view(parameter)
+                check_finite(matrix.name, weight)
+                weights.append((matrix, weight))
             self._solver.solve(weights, fit, held_out, place=place)
 
     def _streamed(self, block: Block, streams: Streams) -> tuple[float, float]:

@@ -73,7 +73,7 @@ def aligned(original: Inputs, quantized: Inputs) -> Float[Tensor, "tokens in"]:
     An expert may get other tokens in the two streams; where the full-precision stream has none, the quantized one's
     row stands in, so that the token counts as without drift.
     """
-    if original.tokens is None or quantized.tokens is None:
+    if original is quantized or original.tokens is None or quantized.tokens is None:
         return original.values
     values = quantized.values.clone()
     both = torch.isin(quantized.tokens, original.tokens)

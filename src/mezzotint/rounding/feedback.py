@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from mezzotint.core.contracts import Aim
+from mezzotint.core.contracts import Aim, FittedGrid, Rounded
+from mezzotint.core.linalg import Factor
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
 
@@ -33,6 +34,12 @@ def check_drift(kind: str, aim: Aim, fit: Statistics | None) -> tuple[Statistics
     return fit, fit.drift
 
 
-def damping_needed(name: str, used: float, asked: float) -> dict[str, float | str]:
-    """What the report says where a Hessian needed more damping than was asked for."""
-    return {} if used == asked else {name: used}
+def finished(code: Tensor, grid: FittedGrid, before: Tensor, *, factor: Factor, damping: float) -> Rounded:
+    """The result of a rounding with feedback, with the damping its Hessian needed if that is more than was asked."""
+    return Rounded(
+        code=code,
+        grid=grid,
+        value=grid.decode(code),
+        before=before,
+        decisions=factor.needed("rounding.damping", damping),
+    )

@@ -12,7 +12,7 @@ from mezzotint.core.linalg import Factor
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
 from mezzotint.grids.feedback import feed_tiles_
-from mezzotint.rounding.feedback import check_drift, check_settings, damping_needed
+from mezzotint.rounding.feedback import check_drift, check_settings, finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +67,7 @@ class Gptaq:
             work[:, end:] += piece @ carry[block, end:] - error @ upper[block, end:]
         before = torch.empty_like(work)
         before.index_copy_(1, columns, work)
-        return Rounded(
-            code=code,
-            grid=grid,
-            value=grid.decode(code),
-            before=before,
-            decisions=damping_needed("rounding.damping", factor.damping, self.damping),
-        )
+        return finished(code, grid, before, factor=factor, damping=self.damping)
 
 
 def carry_of(drift: Float[Tensor, "in in"], factor: Factor) -> Float[Tensor, "in in"]:

@@ -8,7 +8,7 @@ import torch
 from mezzotint.core.contracts import Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
-from mezzotint.rounding.feedback import check_settings, damping_needed
+from mezzotint.rounding.feedback import check_settings, finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +58,4 @@ class Gptq:
             work[:, end:].addmm_(error, upper[start:end, end:], alpha=-1)
         before = torch.empty_like(work)
         before.index_copy_(1, columns, work)
-        return Rounded(
-            code=code,
-            grid=grid,
-            value=grid.decode(code),
-            before=before,
-            decisions=damping_needed("rounding.damping", factor.damping, self.damping),
-        )
+        return finished(code, grid, before, factor=factor, damping=self.damping)

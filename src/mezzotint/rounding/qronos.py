@@ -7,7 +7,7 @@ import torch
 
 from mezzotint.core.contracts import Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
-from mezzotint.rounding.feedback import check_drift, check_settings, damping_needed
+from mezzotint.rounding.feedback import check_drift, check_settings, finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +69,4 @@ class Qronos:
             error = grid.feed_(code, piece, later[block, block].contiguous(), rest[block])
             work[:, block.stop :].addmm_(error, later[block, block.stop :], alpha=-1)
             before.index_copy_(1, rest[block], piece)
-        return Rounded(
-            code=code,
-            grid=grid,
-            value=grid.decode(code),
-            before=before,
-            decisions=damping_needed("rounding.damping", factor.damping, self.damping),
-        )
+        return finished(code, grid, before, factor=factor, damping=self.damping)

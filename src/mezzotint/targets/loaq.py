@@ -62,8 +62,6 @@ class Loaq:
             pull = pull + self.beta * fit.residual
         # where nothing is added unchanged to the stream, this is QEP, and the report says so
         decisions: dict[str, float | str] = {"beta": 0.0 if fit.residual is None else self.beta}
-        used = fit.ridge(self.damping).damping
-        if used != self.damping:
-            decisions["target.damping"] = used
+        decisions |= fit.ridge(self.damping).needed("target.damping", self.damping)
         matrix = w + fit.solve(pull, self.damping)
         return Aim(matrix=matrix, quadratic=quadratic_of(w, fit), corrected=True, decisions=decisions)

@@ -53,9 +53,8 @@ class Qep:
         if self.alpha != "auto":
             if self.alpha == 0:
                 return Aim(matrix=w, quadratic=quadratic)
-            used = fit.ridge(self.damping).damping
             matrix = w + self.alpha * fit.solve(w @ drift, self.damping)
-            needed = {} if used == self.damping else {"target.damping": used}
+            needed = fit.ridge(self.damping).needed("target.damping", self.damping)
             return Aim(matrix=matrix, quadratic=quadratic, corrected=True, decisions=needed)
         if held_out is None or held_out.drift is None:
             raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
