@@ -18,7 +18,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 def quality() -> list[str]:
     """Loss by method and bits."""
-    rows = rows_of("quality") + rows_of("propagation")
+    rows = rows_of("quality")
     rows.sort(key=lambda r: (-r["settings"]["row"]["bits"], r["evaluate"]["kl_nats"]))
     lines = ["| bits | stored | recipe | KL, nats/token | perplexity |", "|---|---|---|---|---|"]
     for r in rows:

@@ -24,7 +24,8 @@ DATA = Path(__file__).parents[1] / "data"
 TINY_LLAMA = DATA / "tiny_llama"
 TEXT = DATA / "tiny_text.txt"
 HELD_OUT = DATA / "tiny_text_heldout.txt"
-SMALL = {"calibration": TEXT, "samples": 8, "seqlen": 32, "device": "cpu"}
+# float32: what is computed here is held against float64
+SMALL = {"calibration": TEXT, "samples": 8, "seqlen": 32, "device": "cpu", "precision": "float32"}
 
 
 class _PerGreenlet:

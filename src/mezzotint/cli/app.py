@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from mezzotint.cli import tables
-from mezzotint.errors import ConfigError, MezzotintError, RunError
-from mezzotint.pipeline.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+from mezzotint.cli.options import Asked, Device, Engine, Json, Memory, Model, RecipeName, Trust, asks
+from mezzotint.errors import MezzotintError, RunError
+from mezzotint.pipeline.request import parse_bytes, resolve_device
 
 app = typer.Typer(
     name="mezzotint",
@@ -34,98 +34,8 @@ class Exit(IntEnum):
     WRONG_REQUEST = 2
 
 
-Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and tokenizer.", show_default=False)]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]
-BitsOption = Annotated[float | None, typer.Option("--bits", help="Bits of one code; the recipe's own if left out.")]
-Engine = Annotated[
-    str | None,
-    typer.Option(
-        "--for",
-        help="transformers, vllm, mezzotint (any grid; our own format), or dense (dequantized, loads anywhere).",
-    ),
-]
-CalibrationOption = Annotated[
-    str,
-    typer.Option(
-        "--calibration", help="'self' samples from the model; a .txt, .jsonl or .parquet file; wikitext2, c4."
-    ),
-]
-Samples = Annotated[str, typer.Option("--samples", help="Calibration windows; 'auto' lets the plan choose.")]
-Seqlen = Annotated[str, typer.Option("--seqlen", help="Tokens per calibration window; 'auto' lets the plan choose.")]
-Field = Annotated[str | None, typer.Option("--field", help="Field of a .jsonl or .parquet row that holds the text.")]
-Lines = Annotated[bool, typer.Option("--lines", help="A .txt file has one document a line.")]
-Packing = Annotated[bool, typer.Option("--packing/--no-packing", help="Documents end to end, or one a window, padded.")]
-Keep = Annotated[
-    list[str] | None, typer.Option("--keep", help="Leave matrices whose name matches this glob as they are.")
-]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting by dotted name: --set grid.group_size=64.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Memory = Annotated[
-    str | None, typer.Option("--memory", help="Bound for the process, e.g. 8GiB; activations spill past it.")
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
-
-
-def make_request(
-    model: Path,
-    *,
-    recipe: str,
-    bits: int | float | None,
-    engine: str | None,
-    calibration: CalibrationRequest,
-    keep: list[str] | None,
-    settings: list[str] | None,
-    seed: int,
-    device: str,
-    memory: str | None,
-    trust_remote_code: bool,
-) -> Request:
-    """A request from the command line's values."""
-    return Request(
-        model=model,
-        recipe=resolve_recipe(recipe, bits=bits, settings=parse_settings(settings or []), keep=tuple(keep or ())),
-        engine=engine,
-        calibration=calibration,
-        seed=seed,
-        device=resolve_device(device),
-        memory=None if memory is None else parse_bytes(memory),
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are YAML scalars.
-
-    Raises:
-        ConfigError: a pair has no ``=``, or a value that cannot be read.
-    """
-    settings = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ConfigError(
-                f"--set {pair!r} has no '='; write --set name=value, for example --set grid.group_size=64."
-            )
-        try:
-            settings[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"--set {pair!r}: the value is no YAML scalar; write for example 64, true or null."
-            ) from error
-    return settings
-
-
-def _count(name: str, value: str) -> int | None:
-    if value == "auto":
-        return None
-    if not value.isdigit():
-        raise ConfigError(f"--{name} is {value!r}; give a whole number or 'auto'.")
-    return int(value)
-
-
 @app.command()
+@asks
 def quantize(
     *,
     model: Model,
@@ -133,20 +43,8 @@ def quantize(
         Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.", show_default=False)
     ],
     recipe: RecipeName = "default",
-    bits: BitsOption = None,
     engine: Engine = None,
-    calibration: CalibrationOption = "self",
-    samples: Samples = "auto",
-    seqlen: Seqlen = "auto",
-    field: Field = None,
-    lines: Lines = False,
-    packing: Packing = True,
-    keep: Keep = None,
-    settings: Set = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    memory: Memory = None,
-    trust_remote_code: Trust = False,
+    asked: Asked,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -155,14 +53,7 @@ def quantize(
     def work() -> dict[str, Any]:
         from mezzotint.pipeline import report, run  # torch and transformers take a second to import
 
-        text = CalibrationRequest(
-            source=calibration, samples=_count("samples", samples), seqlen=_count("seqlen", seqlen),
-            field=field, lines=lines, packing=packing,
-        )  # fmt: skip
-        request = make_request(
-            model, recipe=recipe, bits=bits, engine=engine, calibration=text, keep=keep, settings=settings,
-            seed=seed, device=device, memory=memory, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        request = asked.request(model, recipe, engine)
         if dry_run:
             planned = run.plan(request)
             tables.show_plan(planned, errors if as_json else Console())
@@ -177,21 +68,13 @@ def quantize(
 
 
 @app.command()
+@asks
 def plan(
     *,
     model: Model,
     recipe: RecipeName = "default",
-    bits: BitsOption = None,
     engine: Engine = None,
-    calibration: CalibrationOption = "self",
-    samples: Samples = "auto",
-    seqlen: Seqlen = "auto",
-    keep: Keep = None,
-    settings: Set = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    memory: Memory = None,
-    trust_remote_code: Trust = False,
+    asked: Asked,
     as_json: Json = False,
 ) -> None:
     """Print what would be done: every matrix, sizes, calibration, memory, time."""
@@ -199,14 +82,7 @@ def plan(
     def work() -> dict[str, Any]:
         from mezzotint.pipeline import report, run
 
-        text = CalibrationRequest(
-            source=calibration, samples=_count("samples", samples), seqlen=_count("seqlen", seqlen)
-        )
-        request = make_request(
-            model, recipe=recipe, bits=bits, engine=engine, calibration=text, keep=keep, settings=settings,
-            seed=seed, device=device, memory=memory, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        planned = run.plan(request)
+        planned = run.plan(asked.request(model, recipe, engine))
         if not as_json:
             tables.show_plan(planned, Console())
         return report.plan_json(planned)
@@ -251,6 +127,7 @@ def evaluate(
 
 
 @app.command()
+@asks
 def inspect(
     *,
     folder: Annotated[
@@ -266,13 +143,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="With --drift: a .png or .svg with one line a recipe.")
     ] = None,
-    bits: BitsOption = None,
-    calibration: CalibrationOption = "self",
-    samples: Samples = "auto",
-    seqlen: Seqlen = "auto",
-    settings: Set = None,
-    seed: Seed = 0,
-    device: Device = "auto",
+    asked: Asked,
     as_json: Json = False,
 ) -> None:
     """Show what was done to a quantized folder: bits, sizes, errors; with --drift, how errors travel in a model."""
@@ -289,16 +160,7 @@ def inspect(
         from mezzotint.pipeline.drift import measure_drift
 
         check_plot(plot)
-        text = CalibrationRequest(
-            source=calibration, samples=_count("samples", samples), seqlen=_count("seqlen", seqlen)
-        )
-        requests = [
-            make_request(
-                folder, recipe=name, bits=bits, engine="dense", calibration=text, keep=None, settings=settings,
-                seed=seed, device=device, memory=None, trust_remote_code=False,
-            )
-            for name in recipe or ("rtn", "qep-rtn")
-        ]  # fmt: skip
+        requests = [asked.request(folder, name, "dense") for name in recipe or ("rtn", "qep-rtn")]
         with tables.bar(errors, "following the streams") as progress:
             found = measure_drift(requests, blocks, progress)
         if plot is not None:

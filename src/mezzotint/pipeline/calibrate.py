@@ -79,6 +79,7 @@ def calibrated_streams(
         stream_bytes=planned.costs.stream_bytes if request.memory is not None else None,
         keep_runs=planned.costs.keep_runs,
         device=request.device,
+        precision=planned.precision,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mezzotint.core.files import Entry
+from mezzotint.core.precision import products_in
 from mezzotint.models import Source
 
 BASE_BYTES = 520 * 2**20  # interpreter, torch and transformers, measured on Linux
@@ -94,12 +95,13 @@ def estimate(
     )
 
 
-def flops_per_second(device: str) -> float:
-    """Speed of a float32 matrix product on this machine now."""
+def flops_per_second(device: str, precision: str) -> float:
+    """Speed of a float32 matrix product, computed in this precision, on this machine now."""
     square = torch.ones(768, 768, device=device)
     best = 0.0
     for _ in range(3):
         started = time.perf_counter()
-        float((square @ square)[0, 0])
+        with products_in(precision):
+            float((square @ square)[0, 0])
         best = max(best, 2 * 768**3 / (time.perf_counter() - started))
     return best

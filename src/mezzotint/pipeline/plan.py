@@ -33,6 +33,7 @@ class Planned:
         costs: predicted memory and time.
         shapes: of the quantized matrices.
         because: why this format.
+        precision: of matrix products in blocks and statistics.
     """
 
     plan: Plan
@@ -59,10 +60,11 @@ class Planned:
 
     shapes: Mapping[str, tuple[int, int]]
     because: str
+    precision: str
 
     def seconds(self) -> float:
         """Predicted time of the run, from the speed of a matrix product measured now."""
-        return START_SECONDS + self.costs.flops / flops_per_second(self.request.device)
+        return START_SECONDS + self.costs.flops / flops_per_second(self.request.device, self.precision)
 
     @property
     def _sizes(self) -> list[tuple[str, int]]:
@@ -91,6 +93,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
     calibration = None
     if calibrate or any(entry.needs for entry in entries):
         calibration = _calibration(source, entries, request)
+    precision = _precision(source, request)
     costs = estimate(source, entries, calibration=calibration, memory=request.memory)
     plan = Plan(
         entries=tuple(entries),
@@ -99,7 +102,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         engine=request.engine,
         bytes=layout.nbytes,
         peak_memory_bytes=costs.peak_memory_bytes,
-        fingerprint=_fingerprint(source, request, entries, calibration),
+        fingerprint=_fingerprint(source, request, entries, calibration, precision),
     )
     refusals = form.refuses_plan(plan, source.map)
     if refusals:
@@ -114,6 +117,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         costs=costs,
         shapes=shapes,
         because=because,
+        precision=precision,
     )
 
 
@@ -242,7 +246,17 @@ def _calibration(source: Source, entries: list[Entry], request: Request) -> Cali
     return CalibrationPlan(source=asked.source, samples=samples, seqlen=seqlen)
 
 
-def _fingerprint(source: Source, request: Request, entries: list[Entry], calibration: CalibrationPlan | None) -> str:
+def _precision(source: Source, request: Request) -> str:
+    """``auto`` is that of the model: products of bfloat16 numbers where its matrices are stored so."""
+    if request.precision != "auto":
+        return request.precision
+    stored = {source.checkpoint.tensors[name].dtype for m in source.map.matrices.values() for name in m.sources}
+    return "bfloat16" if stored == {torch.bfloat16} else "float32"
+
+
+def _fingerprint(
+    source: Source, request: Request, entries: list[Entry], calibration: CalibrationPlan | None, precision: str
+) -> str:
     """Changes when anything that determines the result changes."""
     told = {
         "version": version("mezzotint"),
@@ -255,6 +269,7 @@ def _fingerprint(source: Source, request: Request, entries: list[Entry], calibra
         ],
         "calibration": calibration and {**asdict(request.calibration), **asdict(calibration)},
         "seed": calibration and request.seed,
+        "precision": calibration and precision,
         "engine": request.engine,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

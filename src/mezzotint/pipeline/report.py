@@ -80,6 +80,7 @@ def full_report(
             "python": sys.version.split()[0],
         },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": request.device},
+        "precision": planned.precision,
         "model": request.model.name,
         "recipe": request.recipe.model_dump(mode="json"),
         "seed": request.seed,

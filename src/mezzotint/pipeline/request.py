@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mezzotint.core.precision import PRECISIONS
 from mezzotint.errors import ConfigError, unknown
 from mezzotint.pipeline.recipe import Recipe, Rule, load_recipe
 
@@ -71,6 +72,8 @@ class Request:
         model: folder of the original.
         recipe: with overrides and rules applied.
         engine: what will run the result; None chooses the format most engines load.
+        precision: of matrix products in calibration: float32, bfloat16 (factors; sums stay float32), or auto, which is
+            what the model is stored in.
         memory: bytes that weights, activations and solvers may take together; None is no limit.
     """
 
@@ -80,12 +83,15 @@ class Request:
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     seed: int = 0
     device: str = "cpu"
+    precision: str = "auto"
     memory: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.engine is not None and self.engine not in ENGINES:
             raise ConfigError(unknown("engine", self.engine, ENGINES))
+        if self.precision not in ("auto", *PRECISIONS):
+            raise ConfigError(unknown("precision", self.precision, ("auto", *PRECISIONS)))
 
 
 def resolve_recipe(

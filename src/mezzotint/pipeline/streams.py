@@ -1,7 +1,7 @@
 """The two streams of hidden states, full precision and quantized, batch by batch through the model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from mezzotint.calibration import Windows
+from mezzotint.core.precision import products_in
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import ModelError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
@@ -81,6 +82,8 @@ class Streams:
         folder: where streams are spilled.
         stream_bytes: of hidden states that may stay in memory; None is no limit.
         keep_runs: batches may wait inside a block.
+        dtype: of hidden states.
+        precision: of matrix products in blocks and sums, see `products_in`.
     """
 
     def __init__(
@@ -95,8 +98,10 @@ class Streams:
         keep_runs: bool,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
     ) -> None:
         self.dtype = dtype
+        self._precision = precision
         self.batches = [*batches_of(fit, False), *batches_of(held_out, True)]
         self._source = source
         self._keep_runs = keep_runs
@@ -114,6 +119,10 @@ class Streams:
         except BaseException:
             self.close()
             raise
+
+    def products(self) -> AbstractContextManager[None]:
+        """To be entered while blocks run and inputs are summed; what is solved meanwhile keeps full precision."""
+        return products_in(self._precision)
 
     def _start(self, dtype: torch.dtype) -> None:
         """Embed the tokens of every batch, and keep what blocks are called with."""

@@ -1,7 +1,7 @@
 """The sweep over blocks: two streams in lockstep, statistics, rounding, and what is recorded of each."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,7 +94,10 @@ class Sweep:
         head = self._source.map.head
         if head in self._entries:
             needs = self._entries[head].needs
-            statistics = self._streams.head_statistics(needs) if self._streams and self._head_needs else (None, None)
+            statistics: tuple[Statistics | None, Statistics | None] = None, None
+            if self._streams is not None and self._head_needs:
+                with self._streams.products():
+                    statistics = self._streams.head_statistics(needs)
             self._from_checkpoint([head], _place(len(self._source.map.blocks), 0), *statistics)
 
     def _needs(self, block: Block) -> bool:
@@ -124,17 +127,22 @@ class Sweep:
         for name, parameter in module.named_parameters(block.path):
             check_finite(name, parameter)
         with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual):
-            streams.run_original(block.index, module, self._compared(block))
+            with streams.products():
+                streams.run_original(block.index, module, self._compared(block))
             runs = streams.quantized_runs(block.index, module)
             for position, group in enumerate(block.groups):
                 self._group(block.index, position, group, runs, streams)
-            error = streams.finish_quantized(runs)
+            with streams.products():
+                error = streams.finish_quantized(runs)
         dematerialize(module)
         return error
 
     def _group(self, block: int, position: int, group: InputGroup, runs: Sequence[BlockRun], streams: Streams) -> None:
         names = [name for name in group.matrices if name in self._entries]
-        statistics = self._statistics(group, position, runs, streams) if self._group_needs(names) else {}
+        statistics: Mapping[int | None, tuple[Statistics, Statistics]] = {}
+        if self._group_needs(names):
+            with streams.products():
+                statistics = self._statistics(group, position, runs, streams)
         by_expert: dict[int | None, list[Matrix]] = {}
         for name in names:
             matrix = self._source.map.matrices[name]

@@ -1,0 +1,62 @@
+"""Products of calibration in bfloat16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mezzotint.core.precision import products_in
+from mezzotint.core.statistics import Accumulator
+from mezzotint.errors import ConfigError
+from mezzotint.pipeline.report import REPORT_NAME
+from pipeline.runs import TINY_LLAMA, plan_of, quantized, request_of, tiny
+
+
+@pytest.fixture
+def in_use(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """torch's setting wherever a sum is formed, and wherever a Hessian is factorised."""
+    from mezzotint.core import linalg
+
+    seen: dict[str, set[str]] = {"sums": set(), "solves": set()}
+    add, damped = Accumulator.add, linalg.damped
+
+    def spy_add(self: Accumulator, *args: torch.Tensor, **options: torch.Tensor) -> None:
+        seen["sums"].add(torch.get_float32_matmul_precision())
+        add(self, *args, **options)
+
+    def spy_damped(*args: object, **options: object) -> object:
+        seen["solves"].add(torch.get_float32_matmul_precision())
+        return damped(*args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Accumulator, "add", spy_add)
+    monkeypatch.setattr(linalg, "damped", spy_damped)
+    return seen
+
+
+def test_the_setting_is_put_back_whatever_happens() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), products_in("bfloat16"):
+        _ = 1 / (torch.get_float32_matmul_precision() == before)
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(("precision", "setting"), [("bfloat16", "medium"), ("float32", "highest")])
+def test_products_are_so_and_solvers_are_not(
+    precision: str, setting: str, in_use: dict[str, set[str]], tmp_path: Path
+) -> None:
+    report = quantized(TINY_LLAMA, tmp_path / "out", "qep-gptq", bits=3, precision=precision)
+    assert in_use == {"sums": {setting}, "solves": {"highest"}}
+    assert report["precision"] == precision
+    assert (tmp_path / "out" / REPORT_NAME).is_file()
+
+
+def test_auto_is_what_the_model_is_stored_in(tmp_path: Path) -> None:
+    assert plan_of(TINY_LLAMA, precision="auto").precision == "bfloat16"
+    wide = tiny("llama", tmp_path, dtype=torch.float32)
+    assert plan_of(wide, precision="auto").precision == "float32"
+    assert plan_of(TINY_LLAMA).plan.fingerprint != plan_of(TINY_LLAMA, precision="auto").plan.fingerprint
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="float32"):
+        request_of(TINY_LLAMA, precision="float23")
