@@ -54,27 +54,27 @@ def quantize(
     Raises:
         MezzotintError: what is wrong with the request, the model, the text or the disk.
     """
-    from mezzotint.pipeline import run
+    from mezzotint.pipeline import budgeted
 
-    return run.quantize(_request(model, recipe, **overrides), Path(out), listener)
+    return budgeted.quantize(_request(model, recipe, **overrides), Path(out), listener)
 
 
 def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any) -> "Planned":
-    """What `quantize` would do; reads headers, no weights.
+    """What `quantize` would do; reads headers, and weights only where bits are allocated.
 
     Args:
         model: folder of the original.
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
-        **overrides: ``bits``, ``settings`` (dotted names to values), ``keep`` (globs), ``engine``, ``calibration``,
-            ``samples``, ``seqlen``, ``field``, ``lines``, ``packing``, ``seed``, ``device``, ``memory`` (bytes),
-            ``trust_remote_code``; as the options of the command line.
+        **overrides: ``bits``, ``size`` (bytes), ``tokens_per_second``, ``settings`` (dotted names to values), ``keep``
+            (globs), ``engine``, ``calibration``, ``samples``, ``seqlen``, ``field``, ``lines``, ``packing``, ``seed``,
+            ``device``, ``precision``, ``memory`` (bytes), ``trust_remote_code``; as the options of the command line.
 
     Raises:
         MezzotintError: what is wrong with the request or the model.
     """
-    from mezzotint.pipeline import run
+    from mezzotint.pipeline import budgeted
 
-    return run.plan(_request(model, recipe, **overrides))
+    return budgeted.plan(_request(model, recipe, **overrides))[0]
 
 
 def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None = None, **options: Any) -> "Evaluation":
@@ -117,6 +117,8 @@ def _request(
     recipe: "str | Recipe",
     *,
     bits: int | float | None = None,
+    size: int | None = None,
+    tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: Sequence[str] = (),
     calibration: str | Path = "self",
@@ -132,7 +134,9 @@ def _request(
 
     return Request(
         model=Path(model),
-        recipe=resolve_recipe(recipe, bits=bits, settings=settings, keep=tuple(keep)),
+        recipe=resolve_recipe(
+            recipe, bits=bits, size=size, tokens_per_second=tokens_per_second, settings=settings, keep=tuple(keep)
+        ),
         calibration=CalibrationRequest(
             source=str(calibration), samples=samples, seqlen=seqlen, field=field, lines=lines, packing=packing
         ),

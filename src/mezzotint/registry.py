@@ -58,6 +58,7 @@ ROUNDINGS = Registry(
         "qronos": "mezzotint.rounding.qronos:Qronos",
     },
 )
+ALLOCATIONS = Registry("allocation", {"knapsack": "mezzotint.allocation.knapsack:Knapsack"})
 REFINEMENTS = Registry("refinement", {"descent": "mezzotint.rounding.refine:Descent"})
 FORMATS = Registry(
     "format",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
@@ -26,6 +27,14 @@ class Sensitivity:
     rows: Float64[Tensor, " out"]
     columns: Float64[Tensor, " in"]
     relative_error: float | None = None
+
+    @classmethod
+    def even(cls, fisher: float, weight: Float[Tensor, "out in"]) -> "Sensitivity":
+        """Of a matrix of which only ``fisher`` is known: alike in all rows and columns."""
+        energy = float(weight.square().mean(dtype=torch.float64))
+        trace = 2.0 * fisher / energy if energy else 0.0
+        rows, columns = (torch.full((size,), trace / size, dtype=torch.float64) for size in weight.shape)
+        return cls(energy=energy, rows=rows, columns=columns)
 
     @property
     def trace(self) -> float:

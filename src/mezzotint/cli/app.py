@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mezzotint.cli import tables
 from mezzotint.cli.options import Asked, Device, Engine, Json, Memory, Model, RecipeName, Trust, asks
-from mezzotint.errors import MezzotintError, RunError
-from mezzotint.pipeline.request import parse_bytes, resolve_device
+from mezzotint.errors import ConfigError, MezzotintError, RunError
+from mezzotint.pipeline.request import Request, parse_bytes, resolve_device
 
 app = typer.Typer(
     name="mezzotint",
@@ -51,15 +51,13 @@ def quantize(
     """Quantize a model folder into another folder."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline import report, run  # torch and transformers take a second to import
+        from mezzotint.pipeline import budgeted  # torch and transformers take a second to import
 
         request = asked.request(model, recipe, engine)
         if dry_run:
-            planned = run.plan(request)
-            tables.show_plan(planned, errors if as_json else Console())
-            return report.plan_json(planned)
+            return _planned(request, errors if as_json else Console(), None)
         with tables.progress(errors) as listener:
-            result = run.quantize(request, out, listener)
+            result = budgeted.quantize(request, out, listener)
         if not as_json:
             tables.show_result(result, Console())
         return result
@@ -75,17 +73,15 @@ def plan(
     recipe: RecipeName = "default",
     engine: Engine = None,
     asked: Asked,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="With a budget: a .png, .svg or .pdf of size against loss.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what would be done: every matrix, sizes, calibration, memory, time."""
+    """Print what would be done: every matrix, sizes, calibration, memory, time; with a budget, the frontier."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline import report, run
-
-        planned = run.plan(asked.request(model, recipe, engine))
-        if not as_json:
-            tables.show_plan(planned, Console())
-        return report.plan_json(planned)
+        return _planned(asked.request(model, recipe, engine), None if as_json else Console(), plot)
 
     _finish(work, as_json)
 
@@ -206,6 +202,29 @@ def palette(
         return {"grids": [asdict(one) | {"ratio_to_bound": one.ratio_to_bound} for one in found]}
 
     _finish(work, as_json)
+
+
+def _planned(request: Request, console: Console | None, plot: Path | None) -> dict[str, Any]:
+    """Plan, and allocate where bits are left to a budget; show it, and give it as JSON."""
+    from mezzotint.cli import allocations
+    from mezzotint.cli.plots import check_plot
+    from mezzotint.pipeline import budgeted, report
+
+    check_plot(plot)
+    if plot is not None and request.recipe.stages().allocation is None:
+        raise ConfigError("--plot draws size against loss where bits are allocated. Give --size, or --recipe palette.")
+    with tables.progress(errors) as listener:
+        planned, found = budgeted.plan(request, listener)
+    if console is not None:
+        tables.show_plan(planned, console)
+    shown = report.plan_json(planned)
+    if found is None:
+        return shown
+    if console is not None:
+        allocations.show(found, planned, console)
+    if plot is not None:
+        allocations.draw(found, planned, plot)
+    return {**shown, "predicted_kl_nats": found.chosen.predicted_kl_nats, **found.as_json()}
 
 
 def _finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:

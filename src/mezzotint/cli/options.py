@@ -15,7 +15,17 @@ from mezzotint.pipeline.request import CalibrationRequest, Request, parse_bytes,
 
 Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and tokenizer.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]
-BitsOption = Annotated[float | None, typer.Option("--bits", help="Bits of one code; the recipe's own if left out.")]
+BitsOption = Annotated[
+    float | None,
+    typer.Option("--bits", help="Bits of one code; where bits are allocated, the average that is stored for a weight."),
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="Of the folder, e.g. 1.5GiB: the best bits for every matrix within it.")
+]
+SpeedOption = Annotated[
+    float | None,
+    typer.Option("--tokens-per-second", help="Of one sequence on this machine: the best bits for every matrix."),
+]
 Engine = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +68,8 @@ class Asked:
     """What `quantize`, `plan` and `inspect --drift` are asked, as typed."""
 
     bits: BitsOption = None
+    size: SizeOption = None
+    tokens_per_second: SpeedOption = None
     calibration: CalibrationOption = "self"
     samples: Samples = "auto"
     seqlen: Seqlen = "auto"
@@ -77,7 +89,12 @@ class Asked:
         return Request(
             model=model,
             recipe=resolve_recipe(
-                recipe, bits=self.bits, settings=parse_settings(self.settings or []), keep=tuple(self.keep or ())
+                recipe,
+                bits=self.bits,
+                size=None if self.size is None else parse_bytes(self.size),
+                tokens_per_second=self.tokens_per_second,
+                settings=parse_settings(self.settings or []),
+                keep=tuple(self.keep or ()),
             ),
             engine=engine,
             calibration=CalibrationRequest(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mezzotint.errors import ConfigError, WriteError
 
@@ -49,6 +49,15 @@ def plot_drift(found: "Sequence[Drift]", path: Path) -> None:
     )
     axes.grid(visible=True, which="both", color="0.9")
     axes.legend()
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+
+from mezzotint.allocation.knapsack import ALLOCATED
 
 __all__ = [
     "bar", "escape", "progress", "show_evaluation", "show_plan", "show_recipes", "show_report", "show_result", "size",
@@ -74,7 +76,10 @@ def show_plan(planned: Any, console: Console) -> None:
         rows, columns = planned.shapes[entry.matrix]
         stages = (entry.target, entry.grid, entry.rounding, entry.refinement)
         how = ", ".join(_short(stage) for stage in stages if stage is not None)
-        table.add_row(names, how, f"{entry.bits.total / (rows * columns):.3f}", entry.because)
+        stored = "as below"
+        if entry.because != ALLOCATED:
+            stored = f"{entry.bits.total / (rows * columns):.3f}"
+        table.add_row(names, how, stored, entry.because)
     console.print(table)
     for name, reason in _alike_kept(plan.kept):
         console.print(f"kept: {escape(name)}: {escape(reason)}", highlight=False)
@@ -94,6 +99,8 @@ def _alike(entries: Any) -> list[tuple[str, Any]]:
     """Entries that are treated alike, as one line: their names within a block, and how many they are."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for e in entries:
+        if e.because == ALLOCATED:  # how many bits each has is another table
+            e = replace(e, grid=replace(e.grid, bits=type(e.grid)().bits))
         groups.setdefault((e.grid, e.rounding, e.target, e.refinement, e.because), []).append(e)
     lines = []
     for members in groups.values():

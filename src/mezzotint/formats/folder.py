@@ -55,17 +55,26 @@ def copy_companions(source: Path, target: Path, *, trusted: bool = False) -> tup
     Returns:
         Names of the copied files relative to the folder, sorted.
     """
-    patterns = (*_COMPANIONS, "*.py") if trusted else _COMPANIONS
     copied = []
+    for path in companions(source, trusted=trusted):
+        name = path.relative_to(source).as_posix()
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
+        copied.append(name)
+    return tuple(copied)
+
+
+def companions(source: Path, *, trusted: bool = False) -> tuple[Path, ...]:
+    """The files that `copy_companions` copies, sorted."""
+    patterns = (*_COMPANIONS, "*.py") if trusted else _COMPANIONS
+    found = []
     for path in sorted((*source.glob("*"), *source.glob("additional_chat_templates/*"))):
         name = path.relative_to(source).as_posix()
         # `*` of fnmatch also crosses a slash; the depth must agree.
         wanted = any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
         if wanted and path.is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
-            copied.append(name)
-    return tuple(copied)
+            found.append(path)
+    return tuple(found)
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -157,27 +166,33 @@ class OutputFolder:
                 f"{self.partial} cannot be made: {error.strerror}. Choose a folder that you can write."
             ) from error
 
-    def finish(self) -> None:
+    def finish(self, inner: str = "") -> None:
         """Sync everything and move ``DIR.partial`` to its place by one rename.
+
+        Args:
+            inner: folder in it that is the result; the rest of ``DIR.partial`` is removed.
 
         Raises:
             OutputError: the place was taken meanwhile; the work stays in ``DIR.partial``.
         """
-        for root, _, names in os.walk(self.partial):
+        result = self.partial / inner
+        for root, _, names in os.walk(result):
             for name in names:
                 with (Path(root) / name).open("rb") as file:
                     os.fsync(file.fileno())
             sync_folder(Path(root))
         try:
-            self.partial.rename(self.path)
+            result.rename(self.path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise OutputError(
                 f"{self.path} was made by somebody else while this run worked. The finished result lies in "
-                f"{self.partial}: rename it."
+                f"{result}: rename it."
             ) from error
         sync_folder(self.path.parent)
+        if inner:
+            shutil.rmtree(self.partial)
 
     def _check_place(self) -> None:
         if self.path.exists() and not self.path.is_dir():

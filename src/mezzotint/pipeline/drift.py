@@ -9,7 +9,7 @@ from mezzotint.errors import ConfigError
 from mezzotint.pipeline.calibrate import calibrated_streams
 from mezzotint.pipeline.plan import make_plan
 from mezzotint.pipeline.request import Request
-from mezzotint.pipeline.solve import MatrixRecord
+from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.sweep import BlockRecord, Sweep
 
@@ -72,16 +72,8 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
 
     with TemporaryDirectory(prefix="mezzotint-") as folder:
         streams = calibrated_streams(source, planned, entries, Path(folder))
-        sweep = Sweep(
-            source,
-            entries,
-            streams,
-            sink=lambda *_: None,
-            notify=notify,
-            device=request.device,
-            seed=request.seed,
-            to_the_end=True,
-        )
+        solver = Solver({e.matrix: e for e in entries}, sink=lambda *_: None, notify=notify, seed=request.seed)
+        sweep = Sweep(source, entries, streams, solver=solver, notify=notify, device=request.device, to_the_end=True)
         try:
             sweep.run()
         finally:

@@ -73,6 +73,34 @@ def evaluate(
         )
 
 
+def compare(
+    model: Path, against: Path, windows: Windows, *, device: str, memory: int | None, cache: Path, trust: bool
+) -> Evaluation:
+    """Perplexity of a folder and its divergence from another on windows that are there already; padding is not scored.
+
+    Args:
+        model: folder, quantized or not.
+        against: the reference.
+        windows: tokens.
+        device: where blocks run.
+        memory: bytes of activations that may be held in memory.
+        cache: folder where what the reference's last block gives is kept for the next comparison.
+        trust: run Python code from the folders.
+    """
+    sources = [open_source(folder, trust_remote_code=trust) for folder in (model, against)]
+    with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
+        return _compare(
+            sources,
+            windows,
+            Path(scratch),
+            stack,
+            device=device,
+            memory=memory,
+            cache=cache,
+            progress=lambda *_: None,
+        )
+
+
 def _compare(
     sources: list[Source],
     windows: Windows,
@@ -116,8 +144,10 @@ def _compare(
         for row in range(batch.tokens.shape[0]):
             tokens = batch.tokens[row : row + 1].to(device)
             hidden = [output[row : row + 1] for output in outputs]
+            mask = None if batch.mask is None else batch.mask[row]
             for positions in chunks(tokens.shape[1], vocabulary, LOGIT_BYTES):
-                divergence.add(*_logits(bypasses, hidden, tokens, positions))
+                real = None if mask is None else mask[positions] & mask[positions + 1]
+                divergence.add(*_logits(bypasses, hidden, tokens, positions), mask=real)
             divergence.end_window()
         step()
     for store in finals:
@@ -164,7 +194,8 @@ def run_blocks(source: Source, batches: list[Batch], store: Store, *, device: st
     calls = []
     with surroundings(source, head=False, dtype=torch.float32, device=device) as bypass:
         for index, batch in enumerate(batches):
-            hidden, recorded = bypass.record(batch.tokens.to(device), None)
+            mask = None if batch.mask is None else batch.mask.to(device)
+            hidden, recorded = bypass.record(batch.tokens.to(device), mask)
             calls.append(recorded)
             store.put(index, hidden)
     for block in source.map.blocks:

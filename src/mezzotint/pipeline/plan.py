@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import torch
 
+from mezzotint.allocation.knapsack import ALLOCATED
 from mezzotint.calibration import auto_samples
 from mezzotint.core.contracts import Bits, Block, Grid, Matrix, Transform
 from mezzotint.core.files import Entry, Format, Plan
@@ -142,12 +143,13 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
         if reason is not None:
             kept[matrix.name] = reason
             continue
-        changes = rule.set if rule else {}
+        changes = {**(rule.set if rule else {}), **recipe.matrices.get(matrix.name, {})}
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
             known[key] = recipe.stages(changes)
             _check_stages(matrix.name, known[key])
         because = f"rule {rule.match!r}" if rule and rule.set else f"recipe {recipe.name!r}"
+        because = ALLOCATED if matrix.name in recipe.matrices else because
         chosen.append((block, matrix, known[key], because))
     widths = {matrix.shape[1] for _, matrix, _, _ in chosen}
     for block, matrix, stages, because in chosen:
@@ -161,14 +163,15 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 grid=grid,
                 rounding=stages.rounding,
                 refinement=stages.refinement,
-                bits=_stored_bits(grid, stages.transform, matrix.shape),
+                bits=stored_bits(grid, stages.transform, matrix.shape),
                 because=because,
             )
         )
     return entries, kept
 
 
-def _stored_bits(grid: Grid, transform: Transform | None, shape: tuple[int, int]) -> Bits:
+def stored_bits(grid: Grid, transform: Transform | None, shape: tuple[int, int]) -> Bits:
+    """Codes and side data of a matrix, its basis included."""
     code, side = grid.stored_bits(shape)
     specs = {} if transform is None else transform.specs(shape)
     return Bits(code, side + sum(dtype.itemsize * 8 * math.prod(size) for dtype, size in specs.values()))

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.core.contracts import Grid, Refinement, Rounding, Target, Transform
 from mezzotint.errors import ConfigError, unknown
 from mezzotint.pipeline.settings import Settings, build, with_setting
-from mezzotint.registry import GRIDS, REFINEMENTS, ROUNDINGS, TARGETS, TRANSFORMS, Registry
+from mezzotint.registry import ALLOCATIONS, GRIDS, REFINEMENTS, ROUNDINGS, TARGETS, TRANSFORMS, Registry
 
-STAGES = ("target", "transform", "grid", "rounding", "refinement")
+STAGES = ("target", "transform", "grid", "rounding", "refinement", "allocation")
 
 
 class Rule(BaseModel):
@@ -35,9 +36,19 @@ class Rule(BaseModel):
     set: dict[str, Any] = {}
     keep: bool | None = None
 
+    @model_validator(mode="after")
+    def _about_a_matrix(self) -> "Rule":
+        for name in self.set:
+            if name.startswith("allocation."):
+                raise ValueError(f"{name} is about all matrices together; set it outside the rules")
+        return self
+
 
 class Recipe(BaseModel):
     """One choice of each stage; every stage is ``{kind: ..., its settings}``.
+
+    ``matrices`` are dotted settings of single matrices by canonical name, on top of everything else: an allocation is
+    written down so.
 
     Example:
         >>> Recipe(grid={"kind": "uniform", "bits": 3}, rounding={"kind": "nearest"}).stages().grid.bits
@@ -54,7 +65,9 @@ class Recipe(BaseModel):
     grid: dict[str, Any] = {"kind": "uniform"}
     rounding: dict[str, Any] = {"kind": "gptq"}
     refinement: dict[str, Any] = {"kind": "none"}
+    allocation: dict[str, Any] = {"kind": "none"}
     rules: tuple[Rule, ...] = ()
+    matrices: dict[str, dict[str, Any]] = {}
 
     @property
     def settings(self) -> dict[str, Settings]:
@@ -93,14 +106,18 @@ class Recipe(BaseModel):
             grid=build("grid", settings["grid"], GRIDS),
             rounding=build("rounding", settings["rounding"], ROUNDINGS),
             refinement=_optional("refinement", settings["refinement"], REFINEMENTS),
+            allocation=_optional("allocation", settings["allocation"], ALLOCATIONS),
         )
 
     def check_patterns(self, matrices: Sequence[str]) -> None:
-        """Every rule must match at least one matrix.
+        """Every rule must match at least one matrix, and every matrix that is named must be there.
 
         Raises:
             ConfigError: names the pattern that matches nothing, and what there is.
         """
+        for name in self.matrices:
+            if name not in matrices:
+                raise ConfigError(unknown("matrix", name, matrices))
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in matrices):
                 shown = ", ".join(matrices[:4])
@@ -130,6 +147,7 @@ class Stages:
     grid: Grid
     rounding: Rounding
     refinement: Refinement | None
+    allocation: Knapsack | None
 
 
 @cache

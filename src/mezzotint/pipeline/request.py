@@ -98,6 +98,8 @@ def resolve_recipe(
     recipe: str | Recipe,
     *,
     bits: int | float | None = None,
+    size: int | None = None,
+    tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: tuple[str, ...] = (),
 ) -> Recipe:
@@ -105,7 +107,9 @@ def resolve_recipe(
 
     Args:
         recipe: name of a preset, path of a .yaml file, or a recipe.
-        bits: of one code.
+        bits: of one code; where bits are allocated, the average that is stored for a weight.
+        size: bytes of the folder, in which bits are allocated.
+        tokens_per_second: speed, for which bits are allocated.
         settings: dotted names and values.
         keep: globs of matrices to leave as they are; they win over the recipe's own rules.
 
@@ -114,7 +118,15 @@ def resolve_recipe(
     """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = dict(settings or {})
-    if bits is not None:
+    if size is not None or tokens_per_second is not None:
+        changes["allocation.kind"] = "knapsack"
+        if size is not None:
+            changes["allocation.size"] = size
+        if tokens_per_second is not None:
+            changes["allocation.tokens_per_second"] = tokens_per_second
+    if bits is not None and "knapsack" in (chosen.allocation["kind"], changes.get("allocation.kind")):
+        changes["allocation.bits"] = bits
+    elif bits is not None:
         whole = chosen.grid.get("kind") in WHOLE_BITS
         if whole and not float(bits).is_integer():
             near = f"Use --bits {int(bits)} or --bits {int(bits) + 1}" if 2 <= bits < 8 else "Use --bits 2 to 8"

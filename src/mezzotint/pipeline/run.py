@@ -16,7 +16,7 @@ from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
 from mezzotint.pipeline.request import Request
-from mezzotint.pipeline.solve import MatrixRecord
+from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import BlockRecord, Sweep
@@ -126,15 +126,9 @@ def _sweep(
         done = sum(isinstance(r, MatrixRecord) for r in records)
         tell(Progress(stage="quantizing", done=done, total=total, record=record))
 
-    sweep = Sweep(
-        source,
-        planned.plan.entries,
-        streams,
-        sink=output.put,
-        notify=notify,
-        device=planned.request.device,
-        seed=planned.request.seed,
-    )
+    entries = {entry.matrix: entry for entry in planned.plan.entries}
+    solver = Solver(entries, sink=output.put, notify=notify, seed=planned.request.seed)
+    sweep = Sweep(source, planned.plan.entries, streams, solver=solver, notify=notify, device=planned.request.device)
     try:
         sweep.run()
     finally:

@@ -14,7 +14,7 @@ from mezzotint.errors import NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, stops
 from mezzotint.pipeline.residency import check_finite
-from mezzotint.pipeline.solve import MatrixRecord, Sink, Solver
+from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.tokens import Compared, aligned, normed, token_weights
 
@@ -42,10 +42,9 @@ class Sweep:
         source: the original; only one block of it is in memory at a time.
         entries: what is to be done, in running order.
         streams: calibration windows on their way through the model; None if nothing needs statistics.
-        sink: takes each finished matrix.
-        notify: told of every record.
+        solver: quantizes the matrices of an input group.
+        notify: told of every block.
         device: where blocks and statistics live.
-        seed: of random bases.
         to_the_end: run the streams through every block, also behind the last that needs statistics.
     """
 
@@ -55,17 +54,16 @@ class Sweep:
         entries: Sequence[Entry],
         streams: Streams | None,
         *,
-        sink: Sink,
-        notify: Callable[[MatrixRecord | BlockRecord], None],
+        solver: Solver,
+        notify: Callable[[BlockRecord], None],
         device: str = "cpu",
-        seed: int = 0,
         to_the_end: bool = False,
     ) -> None:
         self._source = source
         self._entries = {entry.matrix: entry for entry in entries}
         self._streams = streams
         self._notify = notify
-        self._solver = Solver(self._entries, sink=sink, notify=notify, seed=seed)
+        self._solver = solver
         self._device = device
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head

@@ -1,0 +1,107 @@
+"""`run` for every request: where a recipe leaves the bits to a budget, they are allocated first."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mezzotint.errors import WriteError
+from mezzotint.formats.folder import OutputFolder, write_json
+from mezzotint.pipeline import run
+from mezzotint.pipeline.allocate import Allocated, allocated
+from mezzotint.pipeline.calibrate import calibration_windows
+from mezzotint.pipeline.evaluate import compare
+from mezzotint.pipeline.plan import Planned, make_plan
+from mezzotint.pipeline.report import REPORT_NAME
+from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.run import Listener, Progress
+from mezzotint.pipeline.source import open_original
+
+
+def plan(request: Request, listener: Listener | None = None) -> tuple[Planned, Allocated | None]:
+    """What would be done, and the allocation if there is one; that one reads weights and text.
+
+    Args:
+        request: what is asked for.
+        listener: told of progress.
+
+    Raises:
+        MezzotintError: what cannot be done.
+    """
+    found = _allocated(request, listener)
+    return run.plan(request if found is None else found.request), found
+
+
+def quantize(request: Request, out: Path, listener: Listener | None = None) -> dict[str, Any]:
+    """Quantize a model folder into ``out`` and return the report.
+
+    With an allocation that is guarded, two candidates are made, allocated and with the same grid everywhere. Both are
+    measured on the calibration windows that are held out, and the better one stays.
+
+    Args:
+        request: what is asked for.
+        out: folder to make; it must not exist, or be empty.
+        listener: told of progress.
+
+    Raises:
+        MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
+    """
+    if request.recipe.stages().allocation is None:
+        return run.quantize(request, out, listener)
+    folder = OutputFolder(out)
+    try:
+        found = _allocated(request, listener)
+        assert found is not None
+        candidates = {"allocated": found.request}
+        if found.knapsack.guard and found.uniform is not None:
+            candidates["uniform"] = found.uniform
+        reports = {name: run.quantize(one, folder.partial / name, listener) for name, one in candidates.items()}
+        evidence = found.as_json()
+        kept = "allocated"
+        if len(candidates) > 1:
+            evidence["held_out_kl_nats"] = losses = _measured(found, folder.partial)
+            kept = min(candidates, key=lambda name: losses[name])
+        evidence["kept"] = kept
+        report = {**reports[kept], "out": str(out), "allocation": evidence}
+        report["recipe"] = {**report["recipe"], "allocation": request.recipe.allocation}
+        write_json(
+            folder.partial / kept / REPORT_NAME, {name: value for name, value in report.items() if name != "out"}
+        )
+    except BaseException:
+        shutil.rmtree(folder.partial, ignore_errors=True)
+        raise
+    try:
+        folder.finish(kept)
+    except OSError as error:  # the result is complete, and stays where the message says
+        raise WriteError(str(error)) from error
+    return report
+
+
+def _allocated(request: Request, listener: Listener | None) -> Allocated | None:
+    if request.recipe.stages().allocation is None:
+        return None
+    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
+    tell = listener or (lambda _: None)
+    return allocated(source, request, lambda stage, done, total: tell(Progress(stage=stage, done=done, total=total)))
+
+
+def _measured(found: Allocated, folder: Path) -> dict[str, float]:
+    """KL of both candidates on the windows that were held out."""
+    request = found.request
+    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
+    planned = make_plan(source, request, calibrate=True)
+    assert planned.calibration is not None
+    _, held_out = calibration_windows(source, planned.calibration, request, lambda *_: None).split(seed=request.seed)
+    losses = {}
+    for name in ("allocated", "uniform"):
+        result = compare(
+            folder / name,
+            request.model,
+            held_out,
+            device=request.device,
+            memory=request.memory,
+            cache=folder / "states",
+            trust=request.trust_remote_code,
+        )
+        assert result.kl_nats is not None
+        losses[name] = result.kl_nats
+    return losses

@@ -1,0 +1,237 @@
+"""What every choice of a grid would cost each matrix: predicted loss, stored bits."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mezzotint.allocation.knapsack import Knapsack
+from mezzotint.allocation.sensitivity import Sensitivity
+from mezzotint.core.contracts import Grid, Matrix, Rounding
+from mezzotint.core.files import Entry
+from mezzotint.core.statistics import Statistics, block_ldl_ratio, padded
+from mezzotint.errors import ConfigError
+from mezzotint.grids.trellis import TrellisGrid, measured
+from mezzotint.models import Source
+from mezzotint.pipeline.latency import Latency
+from mezzotint.pipeline.plan import Planned, stored_bits
+from mezzotint.pipeline.solve import Solver, trusted
+from mezzotint.pipeline.streams import Streams
+from mezzotint.pipeline.sweep import Sweep
+from mezzotint.targets.weight import WeightTarget
+
+_WHOLE = tuple(range(2, 9))
+_QUARTERS = tuple(quarter / 4 for quarter in range(4, 25))
+_HALVES = tuple(half / 2 for half in range(3, 13))
+# What grids can do, and what engines have kernels for.
+_BITS: Mapping[str, tuple[float | int, ...]] = {
+    "uniform": _WHOLE,
+    "lookup": _WHOLE,
+    "vector": _HALVES,
+    "trellis": _QUARTERS,
+}
+_ENGINE_BITS: Mapping[str, tuple[float | int, ...]] = {"vllm": (4, 8)}
+
+
+def menus(source: Source, planned: Planned, knapsack: Knapsack) -> dict[str, tuple[Grid, ...]]:
+    """The grids that each matrix may take: what its recipe's grid, the format, the engine and the settings allow.
+
+    Raises:
+        ConfigError: nothing is left for a matrix.
+    """
+    plan = planned.plan
+    found: dict[str, tuple[Grid, ...]] = {}
+    for entry in plan.entries:
+        matrix = source.map.matrices[entry.matrix]
+        bits = knapsack.menu or _ENGINE_BITS.get(plan.engine or "", _BITS[entry.grid.kind])
+        grids, refusals = [], []
+        for b in sorted(set(bits)):
+            if not knapsack.allows(entry.matrix, b):
+                continue
+            grid = replace(entry.grid, bits=int(b) if entry.grid.kind in ("uniform", "lookup") else float(b))  # pyright: ignore[reportArgumentType,reportCallIssue]
+            refusal = planned.form.refuses(replace(entry, grid=grid), matrix)
+            if refusal is None:
+                grids.append(grid)
+            else:
+                refusals.append(str(refusal))
+        if not grids:
+            why = refusals[0] if refusals else "allocation.limits or allocation.least leave none"
+            raise ConfigError(f"no grid of {list(bits)} bits is possible for {entry.matrix}: {why}.")
+        found[entry.matrix] = tuple(grids)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What a matrix costs with one grid.
+
+    Attributes:
+        loss: predicted, nats of KL per token.
+        bits: stored.
+        seconds: of one token; zero where time is no matter.
+    """
+
+    grid: Grid
+    loss: float
+    bits: int
+    seconds: float
+
+
+class _Pricer(Solver):
+    """In the place of a solver: looks at a matrix and its statistics, and changes nothing.
+
+    Args:
+        entries: of the plan; only grids differ from what will be done.
+        choices: of each matrix.
+        sensitivities: by matrix.
+        size: stored bits of a matrix with a grid.
+        seconds: of one token through it.
+        done: told of every matrix.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        choices: Mapping[str, Sequence[Grid]],
+        sensitivities: Mapping[str, Sensitivity],
+        *,
+        size: Callable[[Entry, Grid], int],
+        seconds: Callable[[Entry, Grid], float],
+        seed: int,
+        done: Callable[[], None],
+    ) -> None:
+        super().__init__(entries, sink=lambda *_: None, notify=lambda _: None, seed=seed)
+        self._choices = choices
+        self._sensitivities = sensitivities
+        self._size = size
+        self._seconds = seconds
+        self._done = done
+        self.prices: dict[str, tuple[Price, ...]] = {}
+
+    def solve(
+        self,
+        weights: Sequence[tuple[Matrix, Tensor]],
+        fit: Statistics | None,
+        held_out: Statistics | None,
+        *,
+        place: int,
+    ) -> list[Tensor]:
+        """Price matrices with the same statistics; gives their weights back."""
+        used, _ = trusted(weights[0][0], fit)
+        turned = self._turned(list(weights), used, held_out, place)
+        for matrix, weight in weights:
+            entry = self._entries[matrix.name]
+            basis, statistics, turned_weight = None, used, weight
+            if matrix.name in turned:
+                basis, statistics = turned[matrix.name].basis, turned[matrix.name].statistics
+                assert basis is not None
+                turned_weight = basis.weight(weight)
+            if entry.grid.pads:
+                turned_weight, statistics = padded(turned_weight, statistics, entry.grid.multiple)
+            ratio = feedback_ratio(entry.rounding, statistics, entry.grid.tile[1])
+            sensitivity = self._sensitivities[matrix.name]
+            self.prices[matrix.name] = tuple(
+                Price(
+                    grid=grid,
+                    loss=ratio * predicted(grid, turned_weight, statistics, sensitivity, spread=basis is not None),
+                    bits=self._size(entry, grid),
+                    seconds=self._seconds(entry, grid),
+                )
+                for grid in self._choices[matrix.name]
+            )
+            self._done()
+        return [weight for _, weight in weights]
+
+
+def predicted(
+    grid: Grid, weight: Tensor, statistics: Statistics | None, sensitivity: Sensitivity, *, spread: bool
+) -> float:
+    """Nats per token that rounding to nearest costs.
+
+    Where a transform has spread errors over all weights alike, only their energy counts; the trellis' is known without
+    a search, because its weights are then as good as normal. Elsewhere the errors themselves are weighed by rows and
+    columns.
+
+    Args:
+        grid: to fit and to round to.
+        weight: in the basis of the grid.
+        statistics: of the inputs there.
+        sensitivity: of the matrix.
+        spread: a transform has spread errors.
+    """
+    if isinstance(grid, TrellisGrid):
+        return sensitivity.fisher * measured(grid.states)[grid.rate].distortion
+    fitted = grid.fit(weight, None if statistics is None else statistics.importance)
+    error = fitted.decode(fitted.encode(weight)) - weight
+    if not spread:
+        return sensitivity.loss(error)
+    energy = float(weight.square().sum(dtype=torch.float64))
+    return sensitivity.fisher * float(error.square().sum(dtype=torch.float64)) / max(energy, 1e-30)
+
+
+def feedback_ratio(rounding: Rounding, statistics: Statistics | None, tile: int) -> float:
+    """What a rounding that lets later columns make up for earlier ones loses, over rounding to nearest."""
+    if statistics is None or "gram" not in rounding.needs:
+        return 1.0
+    return block_ldl_ratio(
+        statistics, tile, getattr(rounding, "damping", 0.01), order=getattr(rounding, "order", "natural")
+    )
+
+
+def price(
+    source: Source,
+    planned: Planned,
+    streams: Streams,
+    sensitivities: Mapping[str, Sensitivity],
+    choices: Mapping[str, Sequence[Grid]],
+    *,
+    in_file: bool,
+    latency: Latency | None,
+    progress: Callable[[int, int], None],
+) -> Mapping[str, tuple[Price, ...]]:
+    """Loss and bits of every choice of every matrix, from one pass of the original.
+
+    Args:
+        source: the original.
+        planned: with any grids; everything else is as it will be.
+        streams: fresh ones.
+        sensitivities: of all matrices of the plan.
+        choices: `menus`.
+        latency: measures the time of every choice; None where time is no matter.
+        in_file: bits are those of the file; otherwise those that the grid and the basis need.
+        progress: told of matrices done.
+    """
+    # weights stay what they are, so both streams are the same and no drift is needed
+    entries = [replace(entry, target=WeightTarget(), refinement=None) for entry in planned.plan.entries]
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, len(entries))
+
+    def size(entry: Entry, grid: Grid) -> int:
+        matrix = source.map.matrices[entry.matrix]
+        if not in_file:
+            return stored_bits(grid, entry.transform, matrix.shape).total
+        dtype = source.checkpoint.tensors[matrix.sources[0]].dtype
+        return sum(8 * spec.nbytes for spec in planned.form.specs(matrix, grid, dtype, entry.transform))
+
+    def seconds(entry: Entry, grid: Grid) -> float:
+        if latency is None:
+            return 0.0
+        return latency.seconds(source.map.matrices[entry.matrix].shape, grid, entry.transform)
+
+    request = planned.request
+    pricer = _Pricer(
+        {entry.matrix: entry for entry in entries},
+        choices,
+        sensitivities,
+        size=size,
+        seconds=seconds,
+        seed=request.seed,
+        done=step,
+    )
+    Sweep(source, entries, streams, solver=pricer, notify=lambda _: None, device=request.device).run()
+    return pricer.prices

@@ -1,0 +1,234 @@
+"""Bits from a budget, on the trained tiny Llama."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mezzotint
+from mezzotint.errors import ConfigError, FormatError
+from mezzotint.models import Source
+from mezzotint.pipeline import allocate
+from mezzotint.pipeline.allocate import Allocated, allocated
+from mezzotint.pipeline.budgeted import quantize
+from mezzotint.pipeline.latency import Latency
+from mezzotint.pipeline.noise import noise_insertion
+from mezzotint.pipeline.pricing import Price
+from mezzotint.pipeline.report import REPORT_NAME
+from mezzotint.pipeline.source import open_original
+from pipeline.runs import TINY_LLAMA, opened, plan_of, quantized, request_of, stock, windows_of
+from pipeline.twins import run
+
+FAST = {"allocation.windows": 2, "allocation.guard": False}
+ALLOCATING = FAST | {"allocation.kind": "knapsack", "grid.group_size": 32}
+
+
+def found(recipe: str = "palette", settings: dict[str, Any] | None = None, **options: Any) -> Allocated:
+    request = request_of(
+        TINY_LLAMA, recipe, settings={"allocation.kind": "knapsack", **FAST, **(settings or {})}, **options
+    )
+    return allocated(open_original(TINY_LLAMA), request)
+
+
+def bits_of(result: Allocated) -> dict[str, float]:
+    return {name: float(settings["grid.bits"]) for name, settings in result.request.recipe.matrices.items()}
+
+
+def test_no_better_uniform_choice_fits() -> None:
+    result = found(bits=3.6)
+    assert result.alike is not None
+    assert result.chosen.bits_per_weight <= 3.6
+    assert result.chosen.predicted_kl_nats < result.alike.predicted_kl_nats
+    assert len(set(bits_of(result).values())) > 2
+    assert result.gap < 0.02
+    uniform = [point for point in result.points if point.kind == "uniform"]
+    assert [point.code_bits for point in uniform] == [quarter / 4 for quarter in range(6, 25)]
+    spread = [point for point in result.points if point.kind == "allocated"]
+    assert [point.bytes for point in spread] == sorted(point.bytes for point in spread)
+    for point in uniform:
+        best = min(one.predicted_kl_nats for one in spread if one.bytes <= point.bytes)
+        assert best <= point.predicted_kl_nats * 1.05  # the hull has gaps, whose ends lie below every uniform point
+
+
+def test_losses_are_errors_weighed_by_rows_columns_and_feedback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One price by hand, in float64: nearest rounding of one matrix, and the block LDL of its inputs."""
+    prices: dict[str, tuple[Price, ...]] = {}
+    price = allocate.price
+
+    def spy(*args: Any, **options: Any) -> Any:
+        prices.update(price(*args, **options))
+        return prices
+
+    monkeypatch.setattr(allocate, "price", spy)
+    result = found("gptq", {"grid.group_size": 32, "rounding.damping": 0.01, "rounding.order": "natural"}, bits=3.5)
+    name = "model.layers.1.mlp.up_proj"
+    source = opened(TINY_LLAMA)
+    weight = source.checkpoint.parameter(source.map.matrices[name].parameter).double()
+    inputs = inputs_of(source, name, result)
+    gram = inputs.T @ inputs
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    lower = torch.linalg.cholesky(gram.flip(0, 1))  # the last column first: what is left of each after all later ones
+    ratio = float(lower.diagonal().square().sum() / gram.diagonal().sum())
+    sensitivity = result.sensitivities[name]
+    for choice in prices[name]:
+        fitted = choice.grid.fit(weight.float(), (inputs**2).mean(0).float())
+        error = fitted.decode(fitted.encode(weight.float())).double() - weight
+        spread = sensitivity.rows[:, None] * sensitivity.columns / sensitivity.rows.sum()
+        assert choice.loss == pytest.approx(0.5 * ratio * float((spread * error**2).sum()), rel=1e-3)
+
+
+def inputs_of(source: Source, name: str, result: Allocated) -> torch.Tensor:
+    fit, _ = windows_of(source, result.request)
+    return run(stock(TINY_LLAMA, torch.float64), source, fit.tokens, fit.mask)[name].double()
+
+
+def test_the_folder_is_as_large_as_it_may_be(tmp_path: Path) -> None:
+    limit = 2_200_000
+    quantized(TINY_LLAMA, tmp_path / "out", "palette", size=limit, settings=FAST)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert 0.995 * limit < size <= limit
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"size": 1000}, r"--size is 1,000 bytes; with this menu the folder takes [\d,]+ to [\d,]+ bytes"),
+        ({"bits": 1.0}, r"--bits is 1; with this menu 1\.\d+ to 6\.\d+ bits are stored"),
+        ({}, "there is no budget"),
+        ({"bits": 3.0, "size": 10**6}, "both limit the size"),
+        ({"size": 10**6, "engine": "dense"}, "as large with any bits"),
+        ({"tokens_per_second": 5.0, "engine": "dense"}, "not known"),
+        ({"bits": 3.0, "settings": {"allocation.limits": {"*": [7, 8]}}}, "no grid of"),
+    ],
+)
+def test_a_budget_that_nothing_fits_says_what_would(budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        found(**budget)
+
+
+def test_a_format_that_cannot_mix_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocate, "measure_sensitivity", lambda *_, **__: pytest.fail("it has begun to measure"))
+    with pytest.raises(FormatError, match="mixed-asymmetric"):
+        found("gptq", bits=3.5, engine="transformers")
+
+
+def test_what_vllm_fuses_gets_one_scheme() -> None:
+    result = found("gptq", {"grid.group_size": 32}, bits=6.5, engine="vllm")
+    bits = bits_of(result)
+    assert set(bits.values()) == {4.0, 8.0}
+    for block in range(3):
+        prefix = f"model.layers.{block}"
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({bits[f"{prefix}.{name}"] for name in fused}) == 1
+
+
+def test_limits_menu_and_kept_matrices(tmp_path: Path) -> None:
+    settings = {"allocation.menu": [2, 3, 4], "allocation.limits": {"*.v_proj": [4, 4]}}
+    report = quantized(
+        TINY_LLAMA, tmp_path / "out", "gptq", size=2_250_000, settings=FAST | settings, keep=["*.0.*.q_proj"]
+    )
+    bits = {one["name"]: one["grid"]["bits"] for one in report["plan"]["linears"]}
+    assert set(bits.values()) <= {2, 3, 4}
+    assert {b for name, b in bits.items() if name.endswith("v_proj")} == {4}
+    assert "model.layers.0.self_attn.q_proj" in report["plan"]["kept"]
+
+
+def test_the_guard_keeps_what_is_better_on_held_out_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told that allocation is worse, it keeps the uniform folder; the losses are those that evaluation finds."""
+    from mezzotint.pipeline import budgeted
+
+    measured = budgeted.compare
+    losses: dict[str, float] = {}
+
+    def spy(folder: Path, *args: Any, **options: Any) -> Any:
+        result = measured(folder, *args, **options)
+        assert result.kl_nats is not None
+        losses[folder.name] = result.kl_nats
+        worse = 10.0 if folder.name == "allocated" and swapped else 0.0
+        return type(result)(perplexity=1.0, tokens=1, windows=1, seqlen=1, kl_nats=result.kl_nats + worse)
+
+    monkeypatch.setattr(budgeted, "compare", spy)
+    for swapped, kept in ((False, None), (True, "uniform")):
+        out = tmp_path / f"out{swapped}"
+        report = quantized(TINY_LLAMA, out, "gptq", bits=3.6, settings=ALLOCATING | {"allocation.guard": True})
+        evidence = report["allocation"]
+        assert evidence["kept"] == (kept or min(losses, key=lambda name: losses[name]))
+        assert json.loads((out / REPORT_NAME).read_text())["allocation"] == evidence
+        bits = {one["grid"]["bits"] for one in report["plan"]["linears"]}
+        assert (len(bits) == 1) == (evidence["kept"] == "uniform")
+        assert not (tmp_path / f"out{swapped}.partial").exists()
+    assert 0 < losses["allocated"] < 5
+
+
+def test_nothing_is_left_of_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mezzotint.pipeline import budgeted
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(budgeted, "compare", broken)
+    with pytest.raises(ConfigError, match="not today"):
+        quantize(
+            request_of(TINY_LLAMA, "gptq", bits=3.6, settings=ALLOCATING | {"allocation.guard": True}), tmp_path / "out"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_is_another_way_to_the_same() -> None:
+    result = found("rtn", {"allocation.sensitivity": "noise", "allocation.menu": [3, 4]}, bits=4.0)
+    source = opened(TINY_LLAMA)
+    fit, _ = windows_of(source, request_of(TINY_LLAMA, "gptq"))
+    names = list(result.sensitivities)[:2]
+    expected = noise_insertion(source, fit.take(torch.arange(2)), names, energy=0.001)
+    for name in names:
+        assert result.sensitivities[name].fisher == pytest.approx(expected[name], rel=1e-6)
+        weight = source.checkpoint.parameter(source.map.matrices[name].parameter)
+        assert result.sensitivities[name].loss(0.1 * weight) == pytest.approx(0.01 * expected[name], rel=1e-3)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that needs a microsecond for a weight and bit, and ten milliseconds for the rest."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Latency, "seconds", lambda _, shape, grid, __: 1e-6 * grid.bits * shape[0] * shape[1])
+    monkeypatch.setattr(Latency, "constant", lambda *_: 0.01)
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_speed_is_a_budget_too() -> None:
+    weights = plan_of(TINY_LLAMA, "trellis").weights
+    speed = 1 / (0.01 + 3.1e-6 * weights)
+    result = found(tokens_per_second=speed)
+    reached = result.chosen.tokens_per_second
+    assert reached is not None
+    assert speed <= reached < 1.05 * speed
+    assert result.alike is not None
+    assert result.alike.code_bits == 3
+    both = found(tokens_per_second=speed, bits=2.6)
+    assert both.chosen.bits_per_weight <= 2.6
+    with pytest.raises(ConfigError, match=r"this machine reaches \d+\.\d, and 100\.0 if the matrices took no time"):
+        found(tokens_per_second=99.0)
+
+
+def test_latencies_are_measured_once(tmp_path: Path) -> None:
+    grid = request_of(TINY_LLAMA, "palette", bits=3.0).recipe.stages().grid
+    latency = Latency(tmp_path / "times.json")
+    first = latency.seconds((64, 64), grid, None)
+    assert 0 < first < 1
+    latency.save()
+    again = Latency(tmp_path / "times.json")
+    assert again.seconds((64, 64), grid, None) == first
+    assert len(json.loads((tmp_path / "times.json").read_text())) == 1
+    (tmp_path / "times.json").write_text("{")
+    assert 0 < Latency(tmp_path / "times.json").seconds((64, 64), grid, None) < 1
+    assert 0 < again.constant(opened(TINY_LLAMA), list(opened(TINY_LLAMA).map.matrices)[:3]) < 5
+
+
+def test_a_named_matrix_must_be_there_and_rules_are_about_matrices() -> None:
+    recipe = mezzotint.Recipe(matrices={"model.layers.7.mlp.up_proj": {"grid.bits": 3}})
+    with pytest.raises(ConfigError, match="unknown matrix"):
+        mezzotint.plan(TINY_LLAMA, recipe)
+    with pytest.raises(ValueError, match="set it outside the rules"):
+        mezzotint.Recipe(rules=[{"match": "*", "set": {"allocation.bits": 3}}])  # pyright: ignore[reportArgumentType]
