@@ -74,6 +74,9 @@ def run_row(
             out = Path(scratch) / str(repeat)
             report = call(["quantize", str(model), "--out", str(out), *arguments])
             runs.append({key: report[key] for key in KEPT} | {"times": report["times"]})
+            if "allocation" in report:
+                found = report["allocation"]
+                runs[-1]["allocation"] = {key: found[key] for key in ("chosen", "uniform", "gap", "kept")}
         result: dict[str, Any] = {"quantize": runs[0] if len(runs) == 1 else runs}
         if not suite.get("evaluate", True):
             return result
