@@ -279,3 +279,20 @@ def test_refusals(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NonFiniteError, match="the gradient before block"):
         measure_sensitivity(source, random_windows(1, 8))
     assert all(p.device.type == "meta" for p in source.skeleton.parameters())
+
+
+def test_the_diagonal_is_exact_where_one_position_is_scored_and_near_elsewhere() -> None:
+    source = open_model(TINY_LLAMA)
+    single = random_windows(4, 2)
+    exact, cheap = (measure_sensitivity(source, single, dtype=F64, diagonal=d) for d in (False, True))
+    assert exact.keys() == cheap.keys()
+    for name, one in exact.items():
+        assert cheap[name].trace == pytest.approx(one.trace, rel=1e-9), name
+        torch.testing.assert_close(cheap[name].rows, one.rows)
+        torch.testing.assert_close(cheap[name].columns, one.columns)
+    longer = text_windows(8, 64)
+    exact, cheap = (measure_sensitivity(source, longer, diagonal=d) for d in (False, True))
+    ranks = [np.argsort(np.argsort([found[name].fisher for name in exact])) for found in (exact, cheap)]
+    assert np.corrcoef(ranks[0], ranks[1])[0, 1] > 0.9
+    ratios = [cheap[name].fisher / exact[name].fisher for name in exact]
+    assert max(ratios) / min(ratios) < 5

@@ -332,5 +332,6 @@ def _sensitivities(source: Source, planned: Planned, knapsack: Knapsack, tell: T
             seed=request.seed,
             device=request.device,
             memory=request.memory,
+            diagonal=knapsack.sensitivity == "diagonal",
             progress=partial(tell, "sensitivity"),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.allocation.sensitivity import Sensitivity
 from mezzotint.calibration import Windows
@@ -31,6 +31,7 @@ def measure_sensitivity(
     memory: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    diagonal: bool = False,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Mapping[str, Sensitivity]:
     """Fisher information of every matrix of the blocks, of the head and of the embedding.
@@ -67,6 +68,9 @@ def measure_sensitivity(
         memory: bytes of hidden states that may be held; more is spilled to a temporary file.
         seed: of the labels.
         dtype: in which everything runs, float32 or wider.
+        diagonal: for linears of the blocks take ``sum_t (g_t o x_t)^2`` of outputs' gradients and inputs, position by
+            position, instead of the square of their sum: no gradient of a weight is formed. What the same label says
+            at several positions is missed, see docs/log.md.
         progress: told of steps done, and of how many there are.
 
     Returns:
@@ -89,7 +93,7 @@ def measure_sensitivity(
         try:
             borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
             with torch.enable_grad():
-                return _Backward(borders, seed).run(step)
+                return _Backward(borders, seed, diagonal).run(step)
         finally:
             store.close()
 
@@ -116,6 +120,14 @@ class _Sums:
             self.rows[at] += rows
         self.columns += products.sum(0, dtype=torch.float64)
 
+    def add_sides(self, window: int, gradient: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"]) -> None:
+        """Add ``sum_t (g_t o x_t)^2``."""
+        g, x = gradient.double().square(), x.double().square()
+        here, there = g.sum(1), x.sum(1)
+        self.squares[window] += here @ there
+        self.rows += there @ g
+        self.columns += here @ x
+
     def result(self, counts: Sequence[int]) -> Sensitivity:
         """Means over the positions, of which each window has so many."""
         positions = sum(counts)
@@ -138,12 +150,14 @@ class _Backward:
     Args:
         borders: after the forward pass.
         seed: of the labels.
+        diagonal: see `measure_sensitivity`.
     """
 
-    def __init__(self, borders: Borders, seed: int) -> None:
+    def __init__(self, borders: Borders, seed: int, diagonal: bool) -> None:
         self._borders = borders
         self._source = borders.source
         self._seed = seed
+        self._diagonal = diagonal
         self._sums: dict[str, _Sums] = {}
         self._window = 0
         head = None if self._source.map.head is None else self._source.map.matrices[self._source.map.head]
@@ -237,6 +251,9 @@ class _Backward:
             for name, matrices in by_parameter.items():
                 path, _, attribute = name.rpartition(".")
                 owner = self._source.skeleton.get_submodule(path)
+                if matrices[0].expert is None and self._diagonal:
+                    self._watch_sides(matrices[0], owner, stack)
+                    continue
                 if matrices[0].expert is None:
                     self._watch(matrices[0], owner.get_parameter(attribute), stack)
                     continue
@@ -245,6 +262,16 @@ class _Backward:
                     assert matrix.expert is not None
                     self._watch(matrix, pieces[matrix.expert], stack)
             yield
+
+    def _watch_sides(self, matrix: Matrix, module: nn.Module, stack: ExitStack) -> None:
+        """Of a linear, by its inputs and the gradients of its outputs."""
+        self._start(matrix, module.get_parameter(matrix.parameter.rpartition(".")[2]).detach())
+
+        def ran(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach().flatten(0, -2)
+            output.register_hook(lambda g: self._sums[matrix.name].add_sides(self._window, g.flatten(0, -2), x))
+
+        stack.callback(module.register_forward_hook(ran).remove)
 
     def _watch(self, matrix: Matrix, leaf: Tensor, stack: ExitStack) -> None:
         """Of a parameter, or of one expert's part of it."""
