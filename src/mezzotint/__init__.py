@@ -65,7 +65,7 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
     Args:
         model: folder of the original.
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
-        **overrides: ``bits``, ``size`` (bytes), ``tokens_per_second``, ``settings`` (dotted names to values), ``keep``
+        **overrides: ``bits``, ``size`` and ``fits`` (bytes), ``context``, ``tokens_per_second``, ``settings`` (dotted names to values), ``keep``
             (globs), ``engine``, ``calibration``, ``samples``, ``seqlen``, ``field``, ``lines``, ``packing``, ``seed``,
             ``device``, ``precision``, ``memory`` (bytes), ``trust_remote_code``; as the options of the command line.
 
@@ -118,6 +118,8 @@ def _request(
     *,
     bits: int | float | None = None,
     size: int | None = None,
+    fits: int | None = None,
+    context: int | None = None,
     tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: Sequence[str] = (),
@@ -135,7 +137,14 @@ def _request(
     return Request(
         model=Path(model),
         recipe=resolve_recipe(
-            recipe, bits=bits, size=size, tokens_per_second=tokens_per_second, settings=settings, keep=tuple(keep)
+            recipe,
+            bits=bits,
+            size=size,
+            fits=fits,
+            context=context,
+            tokens_per_second=tokens_per_second,
+            settings=settings,
+            keep=tuple(keep),
         ),
         calibration=CalibrationRequest(
             source=str(calibration), samples=samples, seqlen=seqlen, field=field, lines=lines, packing=packing

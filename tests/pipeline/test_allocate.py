@@ -13,6 +13,7 @@ from mezzotint.models import Source
 from mezzotint.pipeline import allocate
 from mezzotint.pipeline.allocate import Allocated, allocated
 from mezzotint.pipeline.budgeted import quantize
+from mezzotint.pipeline.footprint import serving_bytes
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.noise import noise_insertion
 from mezzotint.pipeline.pricing import Price
@@ -97,9 +98,11 @@ def test_the_folder_is_as_large_as_it_may_be(tmp_path: Path) -> None:
         ({"size": 1000}, r"--size is 1,000 bytes; with this menu the folder takes [\d,]+ to [\d,]+ bytes"),
         ({"bits": 1.0}, r"--bits is 1; with this menu 1\.\d+ to 6\.\d+ bits are stored"),
         ({}, "there is no budget"),
-        ({"bits": 3.0, "size": 10**6}, "both limit the size"),
+        ({"bits": 3.0, "size": 10**6}, "all limit the size"),
         ({"size": 10**6, "engine": "dense"}, "as large with any bits"),
         ({"tokens_per_second": 5.0, "engine": "dense"}, "not known"),
+        ({"fits": 10**6, "context": 10**6}, "a sequence of 1000000 tokens takes"),
+        ({"fits": 10**6, "size": 10**6}, "all limit the size"),
         ({"bits": 3.0, "settings": {"allocation.limits": {"*": [7, 8]}}}, "no grid of"),
     ],
 )
@@ -232,3 +235,13 @@ def test_a_named_matrix_must_be_there_and_rules_are_about_matrices() -> None:
         mezzotint.plan(TINY_LLAMA, recipe)
     with pytest.raises(ValueError, match="set it outside the rules"):
         mezzotint.Recipe(rules=[{"match": "*", "set": {"allocation.bits": 3}}])  # pyright: ignore[reportArgumentType]
+
+
+def test_what_fits_leaves_room_for_the_cache() -> None:
+    """Three blocks of the tiny Llama: keys and values by hand, in bfloat16."""
+    config = opened(TINY_LLAMA).config
+    long, short = (serving_bytes(opened(TINY_LLAMA), tokens) for tokens in (8192, 4096))
+    head = config.hidden_size // config.num_attention_heads
+    assert long - short == 4096 * 3 * config.num_key_value_heads * head * 2 * 2
+    fits = short + 2_200_000
+    assert found(fits=fits, context=4096).chosen == found(size=2_200_000).chosen

@@ -17,6 +17,8 @@ class Knapsack:
     Attributes:
         bits: budget: average that is stored for a quantized weight, side data included.
         size: budget: bytes of the folder, everything in it counted.
+        fits: budget: bytes of memory that weights, key-value cache and activations of one sequence may take together.
+        context: tokens of that sequence.
         tokens_per_second: budget: least speed of generating one sequence on this machine with our own kernels.
         menu: bits of the codes to choose from; None is everything that grid and format can do from ``least`` up.
         least: no fewer bits than this, unless the menu says so.
@@ -31,6 +33,8 @@ class Knapsack:
     kind: ClassVar[str] = "knapsack"
     bits: float | int | None = None
     size: int | None = None
+    fits: int | None = None
+    context: int = 4096
     tokens_per_second: float | int | None = None
     menu: tuple[float | int, ...] | None = None
     least: float | int = 1.5
@@ -40,12 +44,13 @@ class Knapsack:
     guard: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (("bits", self.bits), ("size", self.size), ("tokens_per_second", self.tokens_per_second)):
-            if value is not None and value <= 0:
-                raise ConfigError(f"allocation.{name} is {value}; a budget is more than 0.")
-        if self.bits is not None and self.size is not None:
+        for name in (*self.budgets, "context"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"allocation.{name} is {getattr(self, name)}; it must be more than 0.")
+        sizes = [name for name in self.budgets if name != "tokens_per_second"]
+        if len(sizes) > 1:
             raise ConfigError(
-                f"allocation.bits is {self.bits:g} and allocation.size is {self.size}; both limit the size. Give one."
+                f"allocation.{' and allocation.'.join(sizes)} are given, and all limit the size. Give one."
             )
         if self.menu is not None and not self.menu:
             raise ConfigError("allocation.menu is empty; give the bits to choose from, for example [2, 3, 4, 8].")
@@ -60,7 +65,7 @@ class Knapsack:
     @property
     def budgets(self) -> tuple[str, ...]:
         """Names of the budgets that are given."""
-        names = ("bits", "size", "tokens_per_second")
+        names = ("bits", "size", "fits", "tokens_per_second")
         return tuple(name for name in names if getattr(self, name) is not None)
 
     def allows(self, matrix: str, bits: float | int) -> bool:

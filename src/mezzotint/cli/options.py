@@ -22,6 +22,11 @@ BitsOption = Annotated[
 SizeOption = Annotated[
     str | None, typer.Option("--size", help="Of the folder, e.g. 1.5GiB: the best bits for every matrix within it.")
 ]
+FitsOption = Annotated[
+    str | None,
+    typer.Option("--fits", help="Memory for weights, cache and activations, e.g. 8GiB: the best bits within it."),
+]
+ContextOption = Annotated[int | None, typer.Option("--context", help="With --fits: tokens that the cache must hold.")]
 SpeedOption = Annotated[
     float | None,
     typer.Option("--tokens-per-second", help="Of one sequence on this machine: the best bits for every matrix."),
@@ -69,6 +74,8 @@ class Asked:
 
     bits: BitsOption = None
     size: SizeOption = None
+    fits: FitsOption = None
+    context: ContextOption = None
     tokens_per_second: SpeedOption = None
     calibration: CalibrationOption = "self"
     samples: Samples = "auto"
@@ -92,6 +99,8 @@ class Asked:
                 recipe,
                 bits=self.bits,
                 size=None if self.size is None else parse_bytes(self.size),
+                fits=None if self.fits is None else parse_bytes(self.fits),
+                context=self.context,
                 tokens_per_second=self.tokens_per_second,
                 settings=parse_settings(self.settings or []),
                 keep=tuple(self.keep or ()),

@@ -16,7 +16,7 @@ from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
-from mezzotint.pipeline.footprint import other_bytes
+from mezzotint.pipeline.footprint import other_bytes, serving_bytes
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.noise import noise_insertion
 from mezzotint.pipeline.plan import Planned, make_plan
@@ -111,6 +111,14 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
             "this recipe allocates bits, but there is no budget. Give --bits (average that is stored), --size or "
             "--tokens-per-second."
         )
+    if knapsack.fits is not None:
+        beside = serving_bytes(source, knapsack.context)
+        if beside >= knapsack.fits:
+            raise ConfigError(
+                f"--fits is {knapsack.fits:,} bytes, and a sequence of {knapsack.context} tokens takes {beside:,} "
+                "beside the weights. Raise it, or lower --context."
+            )
+        knapsack = replace(knapsack, fits=None, size=knapsack.fits - beside)
     request = replace(request, engine=request.engine or "mezzotint")
     planned = make_plan(source, _assigned(request, {}), calibrate=True)
     if knapsack.size is not None and planned.plan.format == "dense":

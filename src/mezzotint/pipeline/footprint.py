@@ -10,6 +10,7 @@ from mezzotint.pipeline.plan import Planned
 # mezzotint.json: its frame with a frontier, and what each matrix adds to it (measured: 21 kB, 1180 to 1230)
 _REPORT = 24_000
 _REPORT_MATRIX = 1250
+_PIECE = 2048  # of a prompt, that engines run at once
 
 
 def other_bytes(source: Source, planned: Planned) -> int:
@@ -27,6 +28,29 @@ def other_bytes(source: Source, planned: Planned) -> int:
         + _REPORT
         + _REPORT_MATRIX * len(planned.plan.entries)
     )
+
+
+def serving_bytes(source: Source, context: int) -> int:
+    """Memory beside the weights for one sequence of so many tokens: keys and values, activations, logits.
+
+    In bfloat16, as engines do it that cache keys and values of every head and run prompts in pieces of 2048 tokens.
+    Layers with a sliding window keep that many tokens; recurrent layers keep nothing that grows.
+    """
+    config = source.config.get_text_config()
+    heads = config.num_attention_heads
+    per_layer = (
+        2
+        * 2
+        * (getattr(config, "num_key_value_heads", None) or heads)
+        * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    )
+    window = min(getattr(config, "sliding_window", None) or context, context)
+    kept = {"full_attention": context, "sliding_attention": window, "chunked_attention": window}
+    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    cache = per_layer * sum(kept.get(layer, 0) for layer in layers)
+    widest = max(matrix.shape[0] for matrix in source.map.matrices.values() if matrix.name != source.map.head)
+    piece = min(context, _PIECE)
+    return cache + 2 * piece * (2 * config.hidden_size + 3 * widest) + 4 * config.vocab_size
 
 
 def quantized_bytes(source: Source, planned: Planned) -> int:

@@ -99,6 +99,8 @@ def resolve_recipe(
     *,
     bits: int | float | None = None,
     size: int | None = None,
+    fits: int | None = None,
+    context: int | None = None,
     tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: tuple[str, ...] = (),
@@ -109,6 +111,8 @@ def resolve_recipe(
         recipe: name of a preset, path of a .yaml file, or a recipe.
         bits: of one code; where bits are allocated, the average that is stored for a weight.
         size: bytes of the folder, in which bits are allocated.
+        fits: bytes of memory for weights, cache and activations, in which bits are allocated.
+        context: tokens that the cache must hold then.
         tokens_per_second: speed, for which bits are allocated.
         settings: dotted names and values.
         keep: globs of matrices to leave as they are; they win over the recipe's own rules.
@@ -118,12 +122,12 @@ def resolve_recipe(
     """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = dict(settings or {})
-    if size is not None or tokens_per_second is not None:
-        changes["allocation.kind"] = "knapsack"
-        if size is not None:
-            changes["allocation.size"] = size
-        if tokens_per_second is not None:
-            changes["allocation.tokens_per_second"] = tokens_per_second
+    budgets = {"size": size, "fits": fits, "tokens_per_second": tokens_per_second}
+    given = {f"allocation.{name}": value for name, value in budgets.items() if value is not None}
+    if given:
+        changes |= {"allocation.kind": "knapsack", **given}
+    if context is not None:
+        changes["allocation.context"] = context
     if bits is not None and "knapsack" in (chosen.allocation["kind"], changes.get("allocation.kind")):
         changes["allocation.bits"] = bits
     elif bits is not None:
