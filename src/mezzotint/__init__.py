@@ -65,9 +65,10 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
     Args:
         model: folder of the original.
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
-        **overrides: ``bits``, ``size`` and ``fits`` (bytes), ``context``, ``tokens_per_second``, ``settings`` (dotted names to values), ``keep``
-            (globs), ``engine``, ``calibration``, ``samples``, ``seqlen``, ``field``, ``lines``, ``packing``, ``seed``,
-            ``device``, ``precision``, ``memory`` (bytes), ``trust_remote_code``; as the options of the command line.
+        **overrides: ``bits``, ``size`` and ``fits`` (bytes), ``context``, ``tokens_per_second``, ``settings`` (dotted
+            names to values), ``keep`` (globs), ``engine``, ``calibration``, ``samples``, ``seqlen``, ``field``,
+            ``lines``, ``packing``, ``seed``, ``device``, ``precision``, ``memory`` (bytes), ``trust_remote_code``; as
+            the options of the command line.
 
     Raises:
         MezzotintError: what is wrong with the request or the model.
