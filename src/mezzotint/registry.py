@@ -47,6 +47,7 @@ GRIDS = Registry(
         "lookup": "mezzotint.grids.lookup:LookupGrid",
         "vector": "mezzotint.grids.vector:VectorGrid",
         "trellis": "mezzotint.grids.trellis:TrellisGrid",
+        "gguf": "mezzotint.grids.gguf:GgufGrid",
     },
 )
 ROUNDINGS = Registry(

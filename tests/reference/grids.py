@@ -80,6 +80,33 @@ def trellis_sizes(shape, *, rate, row_scales):
     return codes, tiles * 32 * rate - codes + scales
 
 
+# columns of a block, bits of a code, of a group's scale and minimum, columns of a group, bits of a block's own numbers
+GGUF = {
+    "Q4_0": (32, 4, 0, 32, 16),
+    "Q4_1": (32, 4, 0, 32, 32),
+    "Q5_0": (32, 5, 0, 32, 16),
+    "Q5_1": (32, 5, 0, 32, 32),
+    "Q8_0": (32, 8, 0, 32, 16),
+    "IQ4_NL": (32, 4, 0, 32, 16),
+    "Q2_K": (256, 2, 8, 16, 32),
+    "Q3_K": (256, 3, 6, 16, 16),
+    "Q4_K": (256, 4, 12, 32, 32),
+    "Q5_K": (256, 5, 12, 32, 32),
+    "Q6_K": (256, 6, 8, 16, 16),
+}
+
+
+def gguf_sizes(shape, *, type_name):
+    """Bits of what a block type stores, counted one by one: (codes, scales and minima)."""
+    block, bits, group_bits, group, own = GGUF[type_name]
+    code = sum(bits for _ in range(shape[0]) for _ in range(shape[1]))
+    side = 0
+    for _ in range(shape[0]):
+        for start in range(0, shape[1], group):
+            side += group_bits + (own if start % block == 0 else 0)
+    return code, side
+
+
 def codebook_sizes(shape, *, index_bits, tile, group_size, scale_bits):
     """Bits of what a grid of a codebook stores, counted one by one: (codes, scales)."""
     rows, columns = shape

@@ -35,7 +35,7 @@ def setting_names(rounding):
 def is_affine(grid):
     """The bounds on shares of differing codes are in units of the distance between neighbouring values."""
     return (
-        make_problem(ProblemSettings(grid=GRIDS[grid](), rows=1, columns=2, tokens=3, seed=0)).grid.affine is not None
+        make_problem(ProblemSettings(grid=GRIDS[grid](), rows=1, columns=256, tokens=3, seed=0)).grid.affine is not None
     )
 
 

@@ -209,7 +209,7 @@ def column_scale(grid: FittedGrid) -> Float[Tensor, "out in"]:
     affine = grid.affine
     if affine is None:
         raise ValueError(f"grid {grid.grid.kind!r} is not affine: it has no distance between neighbours")
-    return affine.scale.repeat_interleave(affine.group_size, dim=1)[:, : grid.shape[1]]
+    return affine.scale.abs().repeat_interleave(affine.group_size, dim=1)[:, : grid.shape[1]]
 
 
 def feedback_error(rounded: Rounded, target: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "out in"]:

@@ -84,6 +84,12 @@ def _vector_grids() -> st.SearchStrategy[Grid]:
     )
 
 
+def _gguf_grids() -> st.SearchStrategy[Grid]:
+    narrow = st.sampled_from(["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"])
+    wide = st.sampled_from(["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+    return st.builds(GRIDS["gguf"], type=narrow | wide, range=st.sampled_from(["error", "weighted"]))
+
+
 def _gptq_settings() -> st.SearchStrategy[Any]:
     return st.builds(
         ROUNDINGS["gptq"],
@@ -104,6 +110,7 @@ GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
     "lookup": _lookup_grids,
     "vector": _vector_grids,
     "trellis": _trellis_grids,
+    "gguf": _gguf_grids,
 }
 ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
 TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"hadamard": _hadamard_settings}
