@@ -67,5 +67,6 @@ FORMATS = Registry(
         "compressed-tensors": "mezzotint.formats.compressed_tensors:CompressedTensors",
         "mezzotint": "mezzotint.formats.native:Native",
         "dense": "mezzotint.formats.dense:Dense",
+        "gguf": "mezzotint.formats.gguf:Gguf",
     },
 )

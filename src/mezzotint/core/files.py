@@ -124,6 +124,17 @@ class Format(Protocol):
         """The ``quantization_config`` of config.json, or None."""
         ...
 
+    def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
+        """Raise a FormatError for a model that no engine of this format would run.
+
+        ``config`` is that of transformers as a dictionary, ``names`` are those of the checkpoint's tensors.
+        """
+        ...
+
+    def finish(self, folder: Path, config: Mapping[str, object], plan: Plan, model: ModelMap) -> int:
+        """Turn the finished folder into what engines load; gives the bytes of its tensors."""
+        ...
+
 
 @runtime_checkable
 class Writer(Protocol):

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -219,6 +220,13 @@ class CompressedTensors:
                 for i, (scheme, modules) in enumerate(groups.items())
             },
         }
+
+    def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
+        """Nothing: every model is read."""
+
+    def finish(self, folder: Path, config: Mapping[str, object], plan: Plan, model: ModelMap) -> int:
+        """Nothing is left to do; the size of the tensors."""
+        return plan.bytes
 
 
 def _refuses_matrix(matrix: Matrix) -> Refusal | None:

@@ -1,6 +1,7 @@
 """Dequantized weights under their own names: any engine loads them, nothing is saved."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -59,6 +60,13 @@ class Dense:
     def config(self, plan: Plan, model: ModelMap) -> Mapping[str, object] | None:
         """None: to an engine this is an ordinary model."""
         return None
+
+    def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
+        """Nothing: every model is read."""
+
+    def finish(self, folder: Path, config: Mapping[str, object], plan: Plan, model: ModelMap) -> int:
+        """Nothing is left to do; the size of the tensors."""
+        return plan.bytes
 
 
 def _key(matrix: Matrix) -> str:

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -156,6 +157,13 @@ class Native:
             "schemes": [json.loads(written) for written in schemes],
             "modules": modules,
         }
+
+    def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
+        """Nothing: every model is read."""
+
+    def finish(self, folder: Path, config: Mapping[str, object], plan: Plan, model: ModelMap) -> int:
+        """Nothing is left to do; the size of the tensors."""
+        return plan.bytes
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:

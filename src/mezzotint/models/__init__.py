@@ -17,6 +17,7 @@ from mezzotint.models.skeleton import build_skeleton, dematerialize, load_config
 __all__ = ["Checkpoint", "Decoder", "Source", "dematerialize", "materialize", "open_model"]
 
 Decoder = Callable[[Checkpoint, Mapping[str, Any]], Checkpoint]
+Reader = Callable[[PreTrainedConfig], Checkpoint]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,9 @@ class Source:
     checkpoint: BoundCheckpoint
 
 
-def open_model(folder: Path | str, *, trust_remote_code: bool = False, decode: Decoder | None = None) -> Source:
+def open_model(
+    folder: Path | str, *, trust_remote_code: bool = False, decode: Decoder | None = None, read: Reader | None = None
+) -> Source:
     """Open the model in ``folder`` without reading its weights.
 
     Args:
@@ -43,13 +46,14 @@ def open_model(folder: Path | str, *, trust_remote_code: bool = False, decode: D
         trust_remote_code: run Python code from the folder.
         decode: turns a checkpoint of packed weights into one of dense ones, given its ``quantization_config``; None
             refuses such a folder.
+        read: gives the checkpoint of a folder with this config; None reads its safetensors files.
 
     Raises:
         ModelError: it cannot be used; the message says why and what to do.
     """
     check_folder(Path(folder))  # a name that is no folder must not be looked up in the network
     config = load_config(folder, trust_remote_code)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder) if read is None else read(config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         if decode is None:

@@ -129,4 +129,5 @@ def _aliases(grid: Grid) -> Iterator[str]:
 
 
 def _loads(engine: str, grid: Grid) -> bool:
-    return ENGINES[engine] != "compressed-tensors" or grid.kind == "uniform"
+    kinds = {"compressed-tensors": "uniform", "gguf": "gguf"}
+    return grid.kind == kinds.get(ENGINES[engine], grid.kind)

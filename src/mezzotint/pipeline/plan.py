@@ -221,6 +221,7 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
             )
         name, because = "dense", f"{odd.name} is not the weight of an nn.Linear, and packed formats hold nothing else"
     form: Format = FORMATS[name]()
+    form.check_source(source.folder, source.config.to_dict(), list(source.checkpoint.tensors))
     for entry, matrix in zip(entries, matrices, strict=True):
         refusal = form.refuses(entry, matrix)
         if refusal is not None:
@@ -234,6 +235,8 @@ def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
     own = next((e for e in entries if e.grid.kind != "uniform" or e.transform is not None), None)
     if own is None:
         return "compressed-tensors", "what most engines load"
+    if own.transform is None and all(e.grid.kind == "gguf" for e in entries):
+        return "gguf", "all grids are GGUF block types"
     basis = "" if own.transform is None else f" in the basis {own.transform.kind!r}"
     return "mezzotint", f"{own.matrix} has the grid {own.grid.kind!r}{basis}, which only mezzotint's own format holds"
 

@@ -15,6 +15,7 @@ from mezzotint.pipeline.recipe import Recipe, Rule, load_recipe
 ENGINES: Mapping[str, str] = {
     "transformers": "compressed-tensors",
     "vllm": "compressed-tensors",
+    "llama.cpp": "gguf",
     "mezzotint": "mezzotint",
     "dense": "dense",
 }

@@ -86,6 +86,7 @@ def _work(
         output.close()
         write_json(folder.partial / "config.json", _config(source, planned))
         copy_companions(source.folder, folder.partial, trusted=planned.request.trust_remote_code)
+        output_bytes = planned.form.finish(folder.partial, source.config.to_dict(), planned.plan, source.map)
     except OSError as error:
         if isinstance(error, RunError):
             raise
@@ -97,7 +98,12 @@ def _work(
     stages = ("plan", "calibration", "sweep")
     times = {stage: end - start for stage, start, end in zip(stages, marks, marks[1:], strict=False)}
     report = full_report(
-        planned, records, seconds=marks[-1] - started, cpu_seconds=cpu_seconds() - cpu_started, times=times
+        planned,
+        records,
+        output_bytes=output_bytes,
+        seconds=marks[-1] - started,
+        cpu_seconds=cpu_seconds() - cpu_started,
+        times=times,
     )
     write_json(folder.partial / REPORT_NAME, report)
     return report

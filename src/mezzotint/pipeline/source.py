@@ -1,5 +1,6 @@
 """Opening a model folder to read it, packed by us or not."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,11 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 
 from mezzotint.errors import ModelError
+from mezzotint.formats import gguf
 from mezzotint.formats.decoded import packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
+from mezzotint.models.checkpoint import TensorInfo
 
 # what a model needs; pickles and other frameworks' weights stay on the hub
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -39,9 +43,21 @@ def local_folder(model: Path, *, trust_remote_code: bool = False) -> Path:
 def open_source(model: Path, *, trust_remote_code: bool = False) -> Source:
     """A model as a source of dense parameters; packed weights are decoded when they are read.
 
+    Args:
+        model: a folder, a name on the hub, or a GGUF file of ours beside its config.json and tokenizer.
+        trust_remote_code: run Python code from the folder.
+
     Raises:
         ModelError: it cannot be used.
     """
+    file = model if model.suffix == ".gguf" and model.is_file() else model / gguf.FILE
+    if file.is_file():
+        folder = file.parent
+        return open_model(
+            folder,
+            trust_remote_code=trust_remote_code,
+            read=lambda config: of_gguf(file, config.to_dict()),
+        )
     folder = local_folder(model, trust_remote_code=trust_remote_code)
     return open_model(folder, trust_remote_code=trust_remote_code, decode=decoded)
 
@@ -53,6 +69,20 @@ def open_original(model: Path, *, trust_remote_code: bool = False) -> Source:
         ModelError: it cannot be used.
     """
     return open_model(local_folder(model, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+
+
+def of_gguf(path: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """The tensors of a GGUF file of ours, in float32 under the names of the original checkpoint.
+
+    Raises:
+        FormatError: it is damaged or another program's.
+    """
+    found = gguf.dense_tensors(path, config)
+    tensors = {
+        name: TensorInfo(path, torch.float32, shape, 0, 4 * math.prod(shape)) for name, (shape, _) in found.items()
+    }
+    derived = {name: read for name, (_, read) in found.items()}
+    return Checkpoint(folder=path.parent, tensors=MappingProxyType(tensors), derived=MappingProxyType(derived))
 
 
 def decoded(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:

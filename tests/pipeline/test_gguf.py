@@ -1,0 +1,91 @@
+"""``--for llama.cpp``: from a folder to one file that is evaluated as it is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mezzotint
+from mezzotint.errors import ConfigError, FormatError
+from mezzotint.formats.gguf_file import GgufFile
+from mezzotint.grids.gguf import GgufGrid
+from mezzotint.pipeline.recipe import Rule, load_recipe
+from mezzotint.pipeline.source import open_source
+from pipeline.runs import HELD_OUT, TINY_LLAMA, opened, plan_of, quantized
+
+GGUF = {"grid.kind": "gguf", "grid.type": "Q3_K"}
+BETTER = Rule(match="*.v_proj", set={"grid.type": "Q6_K"})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    recipe = load_recipe("qep-gptq").with_settings(GGUF).with_rules([BETTER])
+    return out, quantized(TINY_LLAMA, out, recipe, engine="llama.cpp")
+
+
+def test_the_folder_holds_one_file_that_says_all(made: tuple[Path, dict]) -> None:
+    out, report = made
+    assert not list(out.glob("*.safetensors*"))
+    assert report["output_bytes"] == (out / "model.gguf").stat().st_size
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    tensors = GgufFile.open(out / "model.gguf").tensors
+    for linear in report["plan"]["linears"]:
+        kind = "Q6_K" if "v_proj" in linear["name"] else "Q3_K"
+        assert linear["grid"]["type"] == kind
+        assert linear["bits_per_weight"] == {"Q6_K": 6.5625, "Q3_K": 3.4375}[kind]
+    assert tensors["blk.1.attn_v.weight"].type == "Q6_K"
+    assert tensors["blk.1.ffn_down.weight"].type == "Q3_K"
+    assert tensors["token_embd.weight"].type == "Q3_K"
+    assert tensors["output.weight"].type == "Q6_K"
+
+
+@pytest.mark.parametrize("path", ["", "model.gguf"])
+def test_it_is_evaluated_as_it_is(made: tuple[Path, dict], path: str) -> None:
+    found = mezzotint.evaluate(made[0] / path, str(HELD_OUT), against=TINY_LLAMA, seqlen=64, windows=4)
+    assert 0 < found.kl_nats < 0.2
+
+
+def test_what_is_read_is_what_was_rounded(made: tuple[Path, dict]) -> None:
+    """The error of each matrix in the file is the one in the report."""
+    out, report = made
+    source, original = open_source(out), opened(TINY_LLAMA)
+    for linear in report["linears"]:
+        name = f"{linear['name']}.weight"
+        weight = original.checkpoint.parameter(name).float()
+        error = (source.checkpoint.parameter(name) - weight).square().sum() / weight.square().sum()
+        torch.testing.assert_close(float(error), linear["weight_error"], rtol=1e-4, atol=0)
+
+
+def test_block_types_choose_the_format() -> None:
+    assert plan_of(TINY_LLAMA, settings=GGUF).plan.format == "gguf"
+
+
+def test_widths_take_the_type_that_fits(tiny_folder: Callable[[str], Path]) -> None:
+    planned = plan_of(tiny_folder("llama"), settings=GGUF, engine="llama.cpp")
+    types = {entry.grid.type for entry in planned.plan.entries if isinstance(entry.grid, GgufGrid)}
+    assert types == {"Q4_0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "tiny_llama",
+            {},
+            FormatError,
+            r"uniform.*GGUF's own block types.*grid.kind=gguf --set grid.type=Q4_K.*gguf-only",
+        ),
+        ("tiny_llama", {"settings": {**GGUF, "transform.kind": "hadamard"}}, FormatError, "no-transform"),
+        ("tiny_llama", {"settings": {**GGUF, "grid.type": "Q4_L"}}, ConfigError, "Q4_L"),
+        ("gpt2", {"settings": GGUF}, FormatError, r"not for model_type 'gpt2'|nn.Linear only"),
+    ],
+)
+def test_refusals_come_before_work(
+    name: str, options: dict, error: type[Exception], message: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    folder = TINY_LLAMA if name == "tiny_llama" else tiny_folder(name)
+    with pytest.raises(error, match=message):
+        plan_of(folder, engine="llama.cpp", **options)
