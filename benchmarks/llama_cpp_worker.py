@@ -1,9 +1,10 @@
 """Runs inside an environment of llama-cpp-python, which has none of ours: quantizes and compares GGUF files.
 
     quantize DENSE IMPORTANCE.npz TARGET FTYPE     llama.cpp's own quantizer with an importance matrix
+    matrix WEIGHT.npy IMPORTANCE.npy TARGET.npy TYPE BYTES    the same of one matrix, as rows of blocks
     compare DENSE WINDOWS.npy FILE...              perplexity of each file, and its divergence from the dense one
 
-The second prints one line ``RESULT {json}``. A processor with AMX crashes in the default buffers of 0.3.36, so they
+The last prints one line ``RESULT {json}``. A processor with AMX crashes in the default buffers of 0.3.36, so they
 are left out.
 """
 
@@ -33,6 +34,22 @@ def quantize(dense, importance, target, ftype):
     failed = lib.llama_model_quantize(dense.encode(), target.encode(), ctypes.byref(settings))
     if failed:
         raise SystemExit(f"llama_model_quantize gave {failed}")
+
+
+def matrix(weight, importance, target, kind, row_bytes):
+    """Blocks of one matrix by ggml's quantizer."""
+    from llama_cpp import _ggml
+
+    values = np.ascontiguousarray(np.load(weight), dtype=np.float32)
+    weights = np.ascontiguousarray(np.load(importance), dtype=np.float32)
+    blocks = np.zeros((len(values), int(row_bytes)), dtype=np.uint8)
+    chunk = _ggml.libggml.ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    size = chunk(int(kind), values.ctypes.data, blocks.ctypes.data, 0, *values.shape, weights.ctypes.data)
+    if size != blocks.nbytes:
+        raise SystemExit(f"ggml_quantize_chunk wrote {size} of {blocks.nbytes} bytes")
+    np.save(target, blocks)
 
 
 class Model:
@@ -102,5 +119,7 @@ if __name__ == "__main__":
     lib.llama_backend_init()
     if sys.argv[1] == "quantize":
         quantize(*sys.argv[2:6])
+    elif sys.argv[1] == "matrix":
+        matrix(*sys.argv[2:7])
     else:
         compare(sys.argv[2], sys.argv[3], sys.argv[4:])

@@ -17,6 +17,7 @@ from mezzotint.core.structure import Matrix
 from mezzotint.errors import FormatError
 from mezzotint.formats.decoded import packed_weights
 from mezzotint.formats.native import CHECKSUM, Native, read_schemes
+from mezzotint.grids.gguf import GgufGrid
 from mezzotint.grids.lookup import LookupGrid
 from mezzotint.grids.trellis import TrellisGrid
 from mezzotint.grids.uniform import UniformGrid
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[Grid, tuple[int, int]]] = {
     "vector": (VectorGrid(bits=3.5, group_size=8, range="rms", scale_dtype="float16"), (9, 64)),
     "trellis": (TrellisGrid(bits=2.25, window=4), (40, 50)),
     "trellis rows": (TrellisGrid(bits=4.125, window=4, scale_per="row"), (33, 32)),
+    "gguf": (GgufGrid(type="Q4_K", range="error"), (9, 512)),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 every_basis = pytest.mark.parametrize("transform", [None, Hadamard(), Hadamard(block=4, sides="input")])

@@ -10,6 +10,7 @@ from importlib.resources import files
 import torch
 
 from mezzotint.core.contracts import Grid
+from mezzotint.grids.gguf_types import BLOCK_TYPES
 from mezzotint.grids.trellis import RATES, TrellisGrid, measured
 from mezzotint.pipeline.request import ENGINES
 from mezzotint.registry import GRIDS
@@ -72,13 +73,15 @@ def palette(*, measure: bool = False) -> Iterator[Colour]:
 
 
 def members() -> Iterator[tuple[str, Grid]]:
-    """Names and grids: one scale a row, or a matrix for the trellis."""
+    """Names and grids: one scale a row, or a matrix for the trellis; the blocks of GGUF have their own."""
     for bits in range(2, 9):
         yield f"uniform-{bits}", GRIDS["uniform"](bits=bits, group_size=None, range="error")
     for bits in range(2, 9):
         yield f"lookup-{bits}", GRIDS["lookup"](bits=bits, group_size=None, range="error")
     for half in range(3, 13):
         yield f"vector-{half / 2:g}", GRIDS["vector"](bits=half / 2, group_size=None, range="error")
+    for name in BLOCK_TYPES:
+        yield f"gguf-{name.lower()}", GRIDS["gguf"](type=name, range="error")
     yield "nf4", GRIDS["lookup"](bits=4, table="nf4", group_size=None, range="error")
     for states in (12, 16):
         for rate in RATES:
