@@ -140,7 +140,8 @@ def test_a_flipped_bit_of_the_header_is_noticed(llama_file, tmp_path):
     start = GgufFile.open(folder / FILE).data_start
     random = np.random.default_rng(0)
     damaged = tmp_path / FILE
-    for place in [*range(40), *random.integers(start, size=60).tolist()]:
+    key = data.index(b"mezzotint.checksums")
+    for place in [*range(40), *range(key - 8, key + 40), *random.integers(start, size=60).tolist()]:
         changed = bytearray(data)
         changed[place] ^= 1 << int(random.integers(8))
         damaged.write_bytes(changed)
@@ -168,7 +169,7 @@ def test_files_of_others_are_refused(llama_file, tmp_path):
     other = make_model(CONFIGS["qwen2"]()).config.to_dict()
     with pytest.raises(FormatError, match=r"architecture 'llama'.*'qwen2'"):
         dense_tensors(folder / FILE, other)
-    with pytest.raises(FormatError, match="not made by mezzotint"):
+    with pytest.raises(FormatError, match="not made by mezzotint, or is damaged"):
         dense_tensors(GOLDEN / "types.gguf", model.config.to_dict())
     (tmp_path / FILE).write_bytes(b"safetensors")
     with pytest.raises(FormatError, match="no GGUF file"):

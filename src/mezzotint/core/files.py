@@ -92,9 +92,14 @@ class TensorSpec(NamedTuple):
 
 @runtime_checkable
 class Format(Protocol):
-    """Named tensors of quantized matrices, both ways, and the rules of the engines that read them."""
+    """Named tensors of quantized matrices, both ways, and the rules of the engines that read them.
+
+    Attributes:
+        copies: how often the output lies on the disk while it is finished.
+    """
 
     name: ClassVar[str]
+    copies: ClassVar[int]
 
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None."""

@@ -51,6 +51,7 @@ class CompressedTensors:
     """
 
     name: ClassVar[str] = "compressed-tensors"
+    copies: ClassVar[int] = 1
 
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.

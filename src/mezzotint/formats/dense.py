@@ -21,6 +21,7 @@ class Dense:
     """
 
     name: ClassVar[str] = "dense"
+    copies: ClassVar[int] = 1
 
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """Nothing: every grid and basis has values."""

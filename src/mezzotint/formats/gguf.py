@@ -14,7 +14,7 @@ from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Tr
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 from mezzotint.formats import gguf_model, gguf_tokens
-from mezzotint.formats.gguf_file import GgufFile, Outgoing, write_gguf
+from mezzotint.formats.gguf_file import CHECKSUMS, GgufFile, Outgoing, write_gguf
 from mezzotint.formats.native import Native
 from mezzotint.formats.targets import module_of
 from mezzotint.grids.gguf import GgufGrid
@@ -39,6 +39,7 @@ class Gguf:
     """
 
     name: ClassVar[str] = "gguf"
+    copies: ClassVar[int] = 2
 
     def __init__(self) -> None:
         self._native = Native()
@@ -301,8 +302,8 @@ def dense_tensors(path: Path, config: Mapping[str, object]) -> dict[str, tuple[t
             f"{path.name} holds a model of architecture {found!r}; config.json says {architecture.name!r}."
         )
     names = file.metadata.get(NAMES)
-    if names is None or len(names) != len(file.tensors):
-        raise FormatError(f"{path.name} was not made by mezzotint: it does not say what its tensors are called.")
+    if names is None or len(names) != len(file.tensors) or CHECKSUMS not in file.metadata:
+        raise FormatError(f"{path.name} was not made by mezzotint, or is damaged: it lacks {NAMES} or {CHECKSUMS}.")
     result = {}
     for new, name in zip(file.tensors, names, strict=True):
         if not name:

@@ -141,12 +141,14 @@ class GgufFile:
                 raise _damaged(path, f"its header cannot be read ({type(error).__name__}: {error})") from error
             start = -(-cursor.place // _alignment(path, metadata)) * _alignment(path, metadata)
             checksums = metadata.get(CHECKSUMS)
+            if checksums is not None and (not isinstance(checksums, list) or len(checksums) != count + 1):
+                raise _damaged(path, f"{CHECKSUMS} does not have a number for each of its {count} tensors")
             if verify and checksums is not None:
                 file.seek(0)
                 header = zlib.crc32(file.read(after - 4 * len(checksums)))
                 file.seek(after)
                 header = zlib.crc32(file.read(start - after), header)
-                if len(checksums) != count + 1 or header != checksums[0]:
+                if header != checksums[0]:
                     raise _damaged(path, "its header is not the one that was written")
         tensors: dict[str, GgufTensor] = {}
         for number, (name, type_name, shape, offset) in enumerate(infos, 1):

@@ -100,6 +100,7 @@ class Native:
     """
 
     name: ClassVar[str] = METHOD
+    copies: ClassVar[int] = 1
 
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.

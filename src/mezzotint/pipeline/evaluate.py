@@ -159,7 +159,7 @@ def _fingerprint(source: Source, windows: Windows) -> str:
     """Of a model's files and of the tokens it runs on."""
     digest = hashlib.sha256(windows.tokens.numpy().tobytes())
     digest.update(str(tuple(windows.tokens.shape)).encode())
-    for path in sorted(path for path in source.folder.iterdir() if path.suffix in (".json", ".safetensors")):
+    for path in sorted(path for path in source.folder.iterdir() if path.suffix in (".json", ".safetensors", ".gguf")):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]

@@ -57,7 +57,7 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
     started, cpu_started = time.perf_counter(), cpu_seconds()
     source = open_original(request.model, trust_remote_code=request.trust_remote_code)
     planned = make_plan(source, request)
-    check_space(out, planned.plan.bytes)
+    check_space(out, planned.plan.bytes * planned.form.copies)
     folder = OutputFolder(out)
     try:
         report = _work(source, planned, folder, tell, started=started, cpu_started=cpu_started)
