@@ -39,7 +39,13 @@ TARGETS = Registry(
         "loaq": "mezzotint.targets.loaq:Loaq",
     },
 )
-TRANSFORMS = Registry("transform", {"hadamard": "mezzotint.transforms.hadamard:Hadamard"})
+TRANSFORMS = Registry(
+    "transform",
+    {
+        "awq": "mezzotint.transforms.awq:Awq",
+        "hadamard": "mezzotint.transforms.hadamard:Hadamard",
+    },
+)
 GRIDS = Registry(
     "grid",
     {

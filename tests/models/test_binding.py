@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mezzotint.errors import ModelError
 from mezzotint.models import Source, open_model
+from mezzotint.models.rewriting import Scaled
 from mezzotint.models.skeleton import quiet
 from mezzotint.testing.models import TINY
 
@@ -182,13 +183,23 @@ def test_shape_mismatch(name: str, has: str, wants: str, tiny_folder: Folder, tm
         open_model(folder)
 
 
-def test_rewrite_sees_every_parameter_by_name(tiny_source: Open) -> None:
-    checkpoint = tiny_source("qwen2").checkpoint
-    changed = checkpoint.with_rewrite(lambda name, value: value * (2 if name == "lm_head.weight" else 1))
-    plain = checkpoint.parameter("lm_head.weight")
-    torch.testing.assert_close(changed.parameter("lm_head.weight"), 2 * plain, rtol=0, atol=0)
-    torch.testing.assert_close(changed.parameter("model.embed_tokens.weight"), plain, rtol=0, atol=0)
-    torch.testing.assert_close(checkpoint.parameter("lm_head.weight"), plain, rtol=0, atol=0)
+def test_a_change_meets_the_parameter_of_its_name_only(tiny_folder: Folder) -> None:
+    checkpoint, plain = (open_model(tiny_folder("qwen2")).checkpoint for _ in range(2))
+    checkpoint.rewriting.add("lm_head.weight", lambda value: value * 2)
+    checkpoint.rewriting.add("lm_head.weight", lambda value: value + 1)
+    original = plain.parameter("lm_head.weight")
+    torch.testing.assert_close(checkpoint.parameter("lm_head.weight"), 2 * original + 1, rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint.parameter("model.embed_tokens.weight"), original, rtol=0, atol=0)
+
+
+def test_scaling_of_a_parameter_and_of_one_expert(tiny_source: Open) -> None:
+    value = torch.arange(1.0, 13).view(2, 2, 3).bfloat16()
+    factor = torch.tensor([[3.0], [0.1]])
+    one = Scaled(factor=factor, expert=1)(value)
+    assert one.dtype == torch.float32
+    torch.testing.assert_close(one, torch.stack([value[0].float(), value[1].float() * factor]), rtol=0, atol=0)
+    gain = Scaled(factor=torch.tensor(0.3), shift=1.0, dtype=torch.bfloat16)(torch.tensor([0.5, -0.25]).bfloat16())
+    torch.testing.assert_close(gain, torch.tensor([-0.55, -0.775]).bfloat16().float(), rtol=0, atol=0)
 
 
 def test_unknown_parameter(tiny_source: Open) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mezzotint.core.aims import Aim, Quadratic
 from mezzotint.core.statistics import Statistics
-from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEdge, Role
+from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEdge, Reader, Role
 
 __all__ = [
     "Affine",
@@ -31,8 +31,8 @@ __all__ = [
     "NormEdge",
     "Quadratic",
     "QuantizedWeight",
+    "Reader",
     "Refinement",
-    "Rewrite",
     "Role",
     "Rounded",
     "Rounding",
@@ -65,19 +65,6 @@ class Target(Protocol):
 
 
 # ---- basis ----------------------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class Rewrite(Protocol):
-    """Model-wide exact change of the checkpoint, applied when a tensor is read, before statistics."""
-
-    def tensor(self, name: str, value: Tensor) -> Tensor:
-        """The rewritten tensor of that name."""
-        ...
-
-    def refuses(self, model: ModelMap) -> str | None:
-        """Why this model cannot be rewritten, or None."""
-        ...
 
 
 @runtime_checkable

@@ -27,6 +27,11 @@ class Entry:
     because: str
 
     @property
+    def basis(self) -> Transform | None:
+        """The transform whose basis the codes are in; None too where it is folded into the model beforehand."""
+        return self.transform if self.transform is not None and self.transform.run_time else None
+
+    @property
     def needs(self) -> frozenset[str]:
         """Statistics that this entry must have."""
         transform = frozenset[str]() if self.transform is None else self.transform.needs

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
@@ -57,21 +57,35 @@ class Role:
     head_dim: int | None = None
 
 
+class Reader(NamedTuple):
+    """A parameter that is multiplied with something; ``transposed`` is stored ``[in, out]``."""
+
+    parameter: str
+    transposed: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormEdge:
     """A normalisation that feeds an input group, where scales of its input columns can be folded.
 
     Attributes:
         parameter: name of the gain.
+        bias: name of the bias, if it adds one.
+        readers: every parameter that its output is multiplied with, routers included; nothing else reads it.
         gain: ``w`` when the output is multiplied by the gain, ``1+w`` when by one plus the gain (Gemma).
         has_mean: subtracts the mean (LayerNorm).
-        has_bias: adds a bias.
     """
 
     parameter: str
     gain: Literal["w", "1+w"]
     has_mean: bool
-    has_bias: bool
+    bias: str | None
+    readers: tuple[Reader, ...]
+
+    @property
+    def has_bias(self) -> bool:
+        """Adds a bias."""
+        return self.bias is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,11 +70,11 @@ class CompressedTensors:
                 remedy="Use grid.kind=uniform, or --for dense.",
                 nearest=UniformGrid(bits=min(8, max(2, round(entry.grid.bits)))),
             )
-        if entry.transform is not None:
+        if entry.basis is not None:
             return Refusal(
                 rule="no-transform",
                 what=f"transform of {matrix.name}",
-                value=type(entry.transform).__name__,
+                value=type(entry.basis).__name__,
                 limit="engines multiply by the stored matrix as it is",
                 remedy="Use transform.kind=none, or --for dense.",
                 nearest=entry.grid,

@@ -149,7 +149,7 @@ class Native:
         modules: dict[str, int] = {}
         for entry in plan.entries:
             matrix = model.matrices[entry.matrix]
-            scheme = Scheme(shape=matrix.shape, grid=entry.grid, transform=entry.transform)
+            scheme = Scheme(shape=matrix.shape, grid=entry.grid, transform=entry.basis)
             written = json.dumps(scheme.settings())
             modules[_module(matrix)] = schemes.setdefault(written, len(schemes))
         return {

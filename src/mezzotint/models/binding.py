@@ -8,7 +8,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 
 from mezzotint.errors import ModelError
 from mezzotint.models.checkpoint import Checkpoint, TensorInfo
+from mezzotint.models.rewriting import Rewriting
 
-TensorRewrite = Callable[[str, Tensor], Tensor]
 SHOWN = 4  # names in a message
 
 
@@ -60,7 +60,7 @@ class BoundCheckpoint:
         aliases: parameters that share another one's tensor, with that one's name.
         copies: further checkpoint tensors with the same bytes as the parameter's.
         unbound: checkpoint tensors that nothing uses.
-        rewrite: applied to every tensor that ``parameter`` reads.
+        rewriting: changes of every parameter that ``parameter`` reads; may be added to at any time.
     """
 
     checkpoint: Checkpoint
@@ -69,16 +69,12 @@ class BoundCheckpoint:
     aliases: Mapping[str, str]
     copies: Mapping[str, tuple[str, ...]]
     unbound: tuple[str, ...]
-    rewrite: TensorRewrite | None = None
+    rewriting: Rewriting = field(default_factory=Rewriting)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The checkpoint's tensors, by the name they have in the files."""
         return self.checkpoint.tensors
-
-    def with_rewrite(self, rewrite: TensorRewrite | None) -> "BoundCheckpoint":
-        """The same checkpoint, read through ``rewrite``."""
-        return replace(self, rewrite=rewrite)
 
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has this parameter or persistent buffer."""
@@ -99,7 +95,10 @@ class BoundCheckpoint:
         return tuple(chosen)
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter or persistent buffer in the checkpoint's dtype; reads only the tensors it is made of."""
+        """A parameter or persistent buffer in the checkpoint's dtype; reads only the tensors it is made of.
+
+        One that is rewritten is in float32 or wider.
+        """
         conversion = self._conversion(name)
         if conversion.converter is None:
             value = self.checkpoint.read(conversion.sources[0])
@@ -108,7 +107,7 @@ class BoundCheckpoint:
                 self.skeleton, conversion, [functools.partial(self.checkpoint.read, s) for s in conversion.sources]
             )
             value = made[self.aliases.get(name, name)]
-        return value if self.rewrite is None else self.rewrite(name, value)
+        return self.rewriting.apply(name, value)
 
     def restore(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The checkpoint tensors that make these parameters: the inverse of ``parameter``.
@@ -171,7 +170,7 @@ class BoundCheckpoint:
         return restored
 
 
-def bind(checkpoint: Checkpoint, skeleton: PreTrainedModel, rewrite: TensorRewrite | None = None) -> BoundCheckpoint:
+def bind(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> BoundCheckpoint:
     """Connect the tensors of ``checkpoint`` to the parameters and persistent buffers of ``skeleton``.
 
     Where config.json ties two parameters whose tensors are both in the files and differ, they are untied in the
@@ -202,7 +201,6 @@ def bind(checkpoint: Checkpoint, skeleton: PreTrainedModel, rewrite: TensorRewri
         aliases=aliases,
         copies=copies,
         unbound=tuple(unbound),
-        rewrite=rewrite,
     )
 
 

@@ -22,7 +22,7 @@ from mezzotint.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mezzotint.models.binding import BoundCheckpoint, TensorRewrite
+    from mezzotint.models.binding import BoundCheckpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -93,12 +93,12 @@ class Checkpoint:
                 rest -= size
         return True
 
-    def bind(self, skeleton: "PreTrainedModel", rewrite: "TensorRewrite | None" = None) -> "BoundCheckpoint":
+    def bind(self, skeleton: "PreTrainedModel") -> "BoundCheckpoint":
         """Connect these tensors to the parameters of ``skeleton``."""
         # here, so that reading files does not need transformers
         from mezzotint.models.binding import bind
 
-        return bind(self, skeleton, rewrite)
+        return bind(self, skeleton)
 
 
 def check_folder(root: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mezzotint.core.contracts import Block, InputGroup, Matrix, ModelMap, NormEdge
+from mezzotint.core.contracts import Block, InputGroup, Matrix, ModelMap, NormEdge, Reader
 from mezzotint.errors import ModelError
 from mezzotint.models import norms, roles
 from mezzotint.models.binding import BoundCheckpoint
@@ -239,7 +239,9 @@ def _norm(draft: _Draft, number: int) -> NormEdge | None:
     if key not in draft.forms:
         draft.forms[key] = norms.probe(module)
     form = draft.forms[key]
-    return None if form is None else form.edge(path)
+    products, stages = draft.trace.products.values(), draft.trace.stages
+    readers = (p for p in products if stages.get(p.parameter, p.operand).number == number)
+    return None if form is None else form.edge(path, tuple(Reader(p.parameter, p.transposed) for p in readers))
 
 
 def _head(draft: _Draft, embedding: str) -> tuple[str | None, NormEdge | None]:

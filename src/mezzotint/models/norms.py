@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mezzotint.core.contracts import NormEdge
+from mezzotint.core.structure import NormEdge, Reader
 
 ROWS = 3
 SPREAD = 100.0  # large against every epsilon
@@ -22,13 +22,14 @@ class NormForm(NamedTuple):
     plus_one: bool
     has_mean: bool
 
-    def edge(self, path: str) -> NormEdge:
-        """The edge from the normalisation at ``path``."""
+    def edge(self, path: str, readers: tuple[Reader, ...]) -> NormEdge:
+        """The edge from the normalisation at ``path`` to what reads it."""
         return NormEdge(
             parameter=f"{path}.{self.gain}",
             gain="1+w" if self.plus_one else "w",
             has_mean=self.has_mean,
-            has_bias=self.bias is not None,
+            bias=None if self.bias is None else f"{path}.{self.bias}",
+            readers=readers,
         )
 
 

@@ -227,6 +227,8 @@ class Watcher(TorchDispatchMode):
             )
         else:
             known.runs += 1
+            if known.operand.number != operand.number:
+                self.trace.read |= {known.operand.number, operand.number}  # nothing can be folded into both
         made = frozenset({name})
         upstream = operand.upstream | made
         value = Value(next(self._numbers), terms=made, upstream=upstream, nearest=made, mixed=operand.mixed)

@@ -57,7 +57,7 @@ def make_layout(source: Source, entries: Iterable[Entry], form: Format) -> Layou
         matrix = source.map.matrices[entry.matrix]
         if written_alone(matrix, users):
             name = matrix.sources[0]
-            direct[name] = form.specs(matrix, entry.grid, tensors[name].dtype, entry.transform)
+            direct[name] = form.specs(matrix, entry.grid, tensors[name].dtype, entry.basis)
         else:
             shared.add(matrix.parameter)
     assembled = _closures(shared, source, users)

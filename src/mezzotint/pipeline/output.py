@@ -1,5 +1,6 @@
 """The output's tensors, written as they come."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,9 +50,21 @@ class Output:
         if not missing:
             self._assemble(assembly)
 
+    def rewrite(self, parameters: Sequence[str]) -> None:
+        """Write parameters that were changed, and that no matrix replaces, as the checkpoint gives them now."""
+        copied = set(self._planned.layout.copied)
+        for parameter in parameters:
+            if copied.isdisjoint(self._source.checkpoint.sources(parameter)):
+                continue
+            for name, value in self._source.checkpoint.restore(
+                {parameter: self._source.checkpoint.parameter(parameter)}
+            ).items():
+                self._writer.put(name, value.to(self._source.checkpoint.tensors[name].dtype).contiguous())
+
     def copy_rest(self) -> None:
-        """Copy every tensor that no matrix replaces, byte for byte."""
-        for name in self._planned.layout.copied:
+        """Copy every tensor that nothing has replaced, byte for byte."""
+        missing = set(self._writer.missing)
+        for name in (name for name in self._planned.layout.copied if name in missing):
             info = self._source.checkpoint.tensors[name]
             if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES:
                 check_finite(name, self._source.checkpoint.checkpoint.read(name))

@@ -232,12 +232,12 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
 def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
     if request.engine is not None:
         return ENGINES[request.engine], f"--for {request.engine}"
-    own = next((e for e in entries if e.grid.kind != "uniform" or e.transform is not None), None)
+    own = next((e for e in entries if e.grid.kind != "uniform" or e.basis is not None), None)
     if own is None:
         return "compressed-tensors", "what most engines load"
-    if own.transform is None and all(e.grid.kind == "gguf" for e in entries):
+    if own.basis is None and all(e.grid.kind == "gguf" for e in entries):
         return "gguf", "all grids are GGUF block types"
-    basis = "" if own.transform is None else f" in the basis {own.transform.kind!r}"
+    basis = "" if own.basis is None else f" in the basis {own.basis.kind!r}"
     return "mezzotint", f"{own.matrix} has the grid {own.grid.kind!r}{basis}, which only mezzotint's own format holds"
 
 

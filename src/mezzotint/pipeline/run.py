@@ -134,7 +134,15 @@ def _sweep(
 
     entries = {entry.matrix: entry for entry in planned.plan.entries}
     solver = Solver(entries, sink=output.put, notify=notify, seed=planned.request.seed)
-    sweep = Sweep(source, planned.plan.entries, streams, solver=solver, notify=notify, device=planned.request.device)
+    sweep = Sweep(
+        source,
+        planned.plan.entries,
+        streams,
+        solver=solver,
+        notify=notify,
+        device=planned.request.device,
+        rewritten=output.rewrite,
+    )
     try:
         sweep.run()
     finally:

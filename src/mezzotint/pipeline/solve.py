@@ -57,6 +57,9 @@ class Solver:
         sink: takes each finished matrix.
         notify: told of every record.
         seed: of random bases.
+
+    Attributes:
+        notes: what was decided before about a matrix, for its record.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Solver:
         self._sink = sink
         self._notify = notify
         self._seed = seed
+        self.notes: dict[str, Mapping[str, float | str]] = {}
 
     def solve(
         self, weights: Weights, fit: Statistics | None, held_out: Statistics | None, *, place: int
@@ -96,7 +100,7 @@ class Solver:
         """Aims and bases of the matrices that have a transform; one fit for all that share one."""
         sharing: dict[Transform, Weights] = {}
         for matrix, weight in weights:
-            transform = self._entries[matrix.name].transform
+            transform = self._entries[matrix.name].basis
             if transform is not None:
                 sharing[transform] = [*sharing.get(transform, ()), (matrix, weight)]
         found: dict[str, _Turned] = {}
@@ -149,7 +153,7 @@ class Solver:
                 h_error_held_out=_measured(original, value, held_out),
                 tokens=0.0 if fit is None else fit.tokens,
                 seconds=time.perf_counter() - started,
-                decisions={**note, **decisions, **turned.aim.decisions},
+                decisions={**self.notes.get(matrix.name, {}), **note, **decisions, **turned.aim.decisions},
             )
         )
         return value

@@ -13,6 +13,7 @@ from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, stops
+from mezzotint.pipeline.folding import Folding
 from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.streams import Streams
@@ -45,6 +46,7 @@ class Sweep:
         solver: quantizes the matrices of an input group.
         notify: told of every block.
         device: where blocks and statistics live.
+        rewritten: told of parameters that a block's transforms changed; the checkpoint gives their values.
         to_the_end: run the streams through every block, also behind the last that needs statistics.
     """
 
@@ -57,6 +59,7 @@ class Sweep:
         solver: Solver,
         notify: Callable[[BlockRecord], None],
         device: str = "cpu",
+        rewritten: Callable[[Sequence[str]], None] = lambda _: None,
         to_the_end: bool = False,
     ) -> None:
         self._source = source
@@ -64,6 +67,7 @@ class Sweep:
         self._streams = streams
         self._notify = notify
         self._solver = solver
+        self._folding = Folding(source, self._entries, rewritten=rewritten, device=device)
         self._device = device
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
@@ -108,7 +112,7 @@ class Sweep:
         """Quantize a group's matrices read straight from the checkpoint; no block is run."""
         matrices = [self._source.map.matrices[name] for name in names if name in self._entries]
         # one at a time where nothing is fitted together, for memory
-        together = any(self._entries[matrix.name].transform is not None for matrix in matrices)
+        together = any(self._entries[matrix.name].basis is not None for matrix in matrices)
         for members in [matrices] if together else [[matrix] for matrix in matrices]:
             weights = []
             for matrix in members:
@@ -124,6 +128,7 @@ class Sweep:
         materialize(module, block.path, self._source.checkpoint, dtype=streams.dtype, device=self._device)
         for name, parameter in module.named_parameters(block.path):
             check_finite(name, parameter)
+        self._solver.notes |= self._folding.fold(block, module, streams)
         with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual):
             with streams.products():
                 streams.run_original(block.index, module, self._compared(block))

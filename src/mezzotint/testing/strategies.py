@@ -32,8 +32,10 @@ BAD_VALUES: Mapping[str, tuple] = {
     "block_size": (0, -8),
     "damping": (-1.0, float("nan")),
     "group_size": (0, -1),
+    "steps": (0, -1),
     "strength": (-0.1, 1.5),
     "states": (8, 14),
+    "tokens": (0, -8),
     "window": (0, 129),
 }
 
@@ -64,10 +66,10 @@ def _trellis_grids() -> st.SearchStrategy[Grid]:
 
 
 def _lookup_grids() -> st.SearchStrategy[Grid]:
-    gaussian = st.tuples(st.just("gaussian"), st.integers(2, 8))
+    any_bits = st.tuples(st.just("gaussian"), st.integers(2, 8))
     return st.builds(
         lambda pair, **settings: GRIDS["lookup"](table=pair[0], bits=pair[1], **settings),
-        gaussian | st.just(("nf4", 4)),
+        any_bits | st.just(("nf4", 4)),
         group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
         range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
@@ -105,6 +107,12 @@ def _hadamard_settings() -> st.SearchStrategy[Any]:
     )
 
 
+def _awq_settings() -> st.SearchStrategy[Any]:
+    return st.builds(
+        TRANSFORMS["awq"], strength=st.sampled_from(["auto", 0.0, 0.5, 1.0]), steps=st.sampled_from([1, 2, 20])
+    )
+
+
 GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
     "uniform": _uniform_grids,
     "lookup": _lookup_grids,
@@ -113,7 +121,10 @@ GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
     "gguf": _gguf_grids,
 }
 ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq": _gptq_settings}
-TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"hadamard": _hadamard_settings}
+TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {
+    "awq": _awq_settings,
+    "hadamard": _hadamard_settings,
+}
 
 
 def grids(name: str) -> st.SearchStrategy[Grid]:

@@ -1,0 +1,61 @@
+"""Exact changes of a model's parameters, applied whenever one is read: nothing but factors is kept in memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scaled:
+    """``(value + shift) * factor - shift``.
+
+    Attributes:
+        factor: broadcast against the parameter as it is stored, or against one expert of it.
+        expert: which one, of a stacked parameter.
+        shift: 1 for a gain that is stored less one.
+        dtype: what the result is rounded to, where it is stored unquantized; None leaves it in float32 or wider.
+    """
+
+    factor: Tensor
+    expert: int | None = None
+    shift: float = 0.0
+    dtype: torch.dtype | None = None
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The changed parameter, in float32 (float64 if ``value`` is)."""
+        wide = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        piece = wide if self.expert is None else wide[self.expert]
+        changed = (piece + self.shift) * self.factor.to(piece) - self.shift
+        piece.copy_(changed if self.dtype is None else changed.to(self.dtype))
+        return wide
+
+
+@dataclass(slots=True)
+class Rewriting:
+    """Changes by parameter, in the order in which they were added."""
+
+    _changes: dict[str, list[Change]] = field(default_factory=dict)
+
+    def add(self, parameter: str, change: Change) -> None:
+        """Apply ``change`` to the parameter from now on, behind those it has already."""
+        self._changes.setdefault(parameter, []).append(change)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Take back at the end what is added meanwhile."""
+        before = {name: list(changes) for name, changes in self._changes.items()}
+        try:
+            yield
+        finally:
+            self._changes = before
+
+    def apply(self, parameter: str, value: Tensor) -> Tensor:
+        """What becomes of a parameter's value in the checkpoint."""
+        for change in self._changes.get(parameter, ()):
+            value = change(value)
+        return value
