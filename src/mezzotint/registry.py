@@ -44,6 +44,7 @@ TRANSFORMS = Registry(
     {
         "awq": "mezzotint.transforms.awq:Awq",
         "hadamard": "mezzotint.transforms.hadamard:Hadamard",
+        "quip": "mezzotint.transforms.incoherence:Quip",
     },
 )
 GRIDS = Registry(

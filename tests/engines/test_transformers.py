@@ -35,6 +35,7 @@ RULES = [
     {"match": "*.k_proj", "set": {"grid.kind": "lookup", "grid.bits": 5, "grid.range": "rms"}},
     {"match": "*.v_proj", "set": {"grid.kind": "trellis", "grid.bits": 4.0, "grid.scale_per": "row"}},
     {"match": "*.0.mlp.down_proj", "keep": True},
+    {"match": "*.gate_proj", "set": {"grid.kind": "lookup", "grid.scale_per": "matrix", "transform.kind": "quip"}},
     {"match": "*.up_proj", "set": {"grid.bits": 4, "transform.kind": "hadamard", "transform.sides": "input"}},
     {"match": "lm_head", "keep": False, "set": {"grid.bits": 6}},
 ]

@@ -24,6 +24,7 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.grids.vector import VectorGrid
 from mezzotint.registry import GRIDS
 from mezzotint.transforms.hadamard import Hadamard
+from mezzotint.transforms.incoherence import Quip
 
 FORM = Native()
 NAME = "model.layers.0.mlp.up_proj"
@@ -38,7 +39,7 @@ CASES: dict[str, tuple[Grid, tuple[int, int]]] = {
     "gguf": (GgufGrid(type="Q4_K", range="error"), (9, 512)),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-every_basis = pytest.mark.parametrize("transform", [None, Hadamard(), Hadamard(block=4, sides="input")])
+every_basis = pytest.mark.parametrize("transform", [None, Hadamard(), Hadamard(block=4, sides="input"), Quip()])
 
 
 def matrix_of(shape: tuple[int, int], **changes: Any) -> Matrix:

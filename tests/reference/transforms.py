@@ -26,3 +26,9 @@ def hadamard_sides(shape, packed, scale, limit, *, rotate_outputs):
     if rotate_outputs:
         left = hadamard_matrix(rows, limit) @ left
     return left, np.diag(signs(packed, width)) @ hadamard_matrix(width, limit)
+
+
+def kronecker(side, size):
+    """A permutation, then a Kronecker product, as one matrix."""
+    permutation, left, right = (np.asarray(part) for part in side)
+    return np.kron(left, right) @ np.eye(size)[permutation]

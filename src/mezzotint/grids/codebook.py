@@ -1,5 +1,6 @@
 """Grids of a fixed codebook: ``value = scale * codebook[code]`` with one scale per group of columns of a row."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -55,12 +56,15 @@ class CodebookGrid(ABC):
         range: how a group's scale is chosen: ``rms``, the codebook's deviation is the root mean square of the group;
             ``absmax``, its largest value is that of the group; ``error``, the smallest squared error over scales around
             these; ``weighted``, the same weighted by the mean square of each input (diag H).
+        scale_per: one scale a group, or one for the whole ``matrix``, whatever the group size: for weights that a
+            transform has made alike.
         scale_dtype: of the stored scales, rounded to it before codes are chosen; ``auto`` is the checkpoint's.
     """
 
     kind: ClassVar[str]
     group_size: scales.GroupSize = "auto"
     range: Range = "weighted"
+    scale_per: Literal["group", "matrix"] = "group"
     scale_dtype: scales.ScaleDtype = "auto"
 
     @property
@@ -108,7 +112,7 @@ class CodebookGrid(ABC):
                 f"grid {self.kind!r} encodes {self.tile[1]} columns together; a matrix of {shape[1]} columns does not "
                 "divide. Use grid.kind=lookup for it."
             )
-        group_size = scales.resolve_group_size(self.group_size, shape[1], widths)
+        group_size = scales.resolve_group_size(self.group_size, shape[1], widths) if self.scale_per == "group" else None
         return replace(self, group_size=group_size, scale_dtype=scales.resolve_scale_dtype(self.scale_dtype, dtype))
 
     def columns_per_group(self, width: int) -> int:
@@ -123,9 +127,10 @@ class CodebookGrid(ABC):
     def stored_bits(self, shape: tuple[int, int]) -> Bits:
         """Codes and scales; the codebook itself is part of the program."""
         rows, columns = shape
-        groups = rows * -(-columns // self.columns_per_group(columns))
+        scales_stored = math.prod(self._stored_scales(shape))
         return Bits(
-            code=rows * (columns // self.tile[1]) * self.index_bits, side=groups * self.storage_dtype.itemsize * 8
+            code=rows * (columns // self.tile[1]) * self.index_bits,
+            side=scales_stored * self.storage_dtype.itemsize * 8,
         )
 
     def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -133,14 +138,21 @@ class CodebookGrid(ABC):
         rows, columns = shape
         return {
             "packed": (torch.int32, (rows, -(-columns // self.tile[1] * self.index_bits // 32))),
-            "scale": (self.storage_dtype, (rows, -(-columns // self.columns_per_group(columns)))),
+            "scale": (self.storage_dtype, self._stored_scales(shape)),
         }
+
+    def _stored_scales(self, shape: tuple[int, int]) -> tuple[int, int]:
+        if self.scale_per == "matrix":
+            return 1, 1
+        return shape[0], -(-shape[1] // self.columns_per_group(shape[1]))
 
     def restore(
         self, shape: tuple[int, int], stored: Mapping[str, Tensor]
     ) -> tuple[Integer[Tensor, "out tiles"], "FittedCodebook"]:
         """The inverse of `FittedCodebook.store`."""
-        fitted = FittedCodebook(grid=self, shape=shape, scale=stored["scale"].float())
+        scale = stored["scale"].float()
+        scale = scale.expand(shape[0], 1) if self.scale_per == "matrix" else scale
+        fitted = FittedCodebook(grid=self, shape=shape, scale=scale.contiguous())
         dtype = self.codebook(fitted.scale.dtype, fitted.scale.device).code_dtype
         return unpack_codes(stored["packed"], self.index_bits, shape[1] // self.tile[1], dtype), fitted
 
@@ -158,9 +170,12 @@ class CodebookGrid(ABC):
         search = ScaleSearch(
             codebook=self.codebook(wide.dtype, wide.device),
             range=self.range,
-            size=self.columns_per_group(width),
+            size=rows * width if self.scale_per == "matrix" else self.columns_per_group(width),
             dtype=self.storage_dtype,
         )
+        if self.scale_per == "matrix":
+            scale = search.scale(wide.reshape(1, -1), weight.repeat(rows)).expand(rows, 1).contiguous()
+            return FittedCodebook(grid=self, shape=(rows, width), scale=scale)
         step = max(1, _CHUNK // width)
         pieces = [search.scale(wide[start : start + step], weight) for start in range(0, rows, step)]
         return FittedCodebook(grid=self, shape=(rows, width), scale=torch.cat(pieces))
@@ -287,7 +302,8 @@ class FittedCodebook:
 
     def store(self, code: Integer[Tensor, "out tiles"], shape: tuple[int, int]) -> Mapping[str, Tensor]:
         """Packed codes and scales."""
-        return {"packed": pack_codes(code, self.grid.index_bits), "scale": self.scale.to(self.grid.storage_dtype)}
+        scale = self.scale[:1] if self.grid.scale_per == "matrix" else self.scale
+        return {"packed": pack_codes(code, self.grid.index_bits), "scale": scale.to(self.grid.storage_dtype)}
 
     def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Scales rounded to the dtype they are stored in."""

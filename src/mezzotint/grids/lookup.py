@@ -12,8 +12,9 @@ from mezzotint.errors import ConfigError
 from mezzotint.grids import scales
 from mezzotint.grids.codebook import CodebookGrid
 
-Table = Literal["gaussian", "nf4"]
+Table = Literal["gaussian", "nf4", "even"]
 _NF4_BITS = 4
+_REACH = 2.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class LookupGrid(CodebookGrid):
     Attributes:
         bits: of one code, 2 to 8.
         table: ``gaussian``, the values of least squared error for normal numbers (Lloyd-Max), symmetric and without a
-            zero; ``nf4``, the 4-bit NormalFloat of QLoRA, with a zero.
+            zero; ``nf4``, the 4-bit NormalFloat of QLoRA, with a zero; ``even``, evenly spaced up to 2.4 deviations
+            on either side (QuIP, arXiv 2307.13304, whose scale is 2.4 times the root mean square of a matrix).
     """
 
     kind: ClassVar[str] = "lookup"
@@ -93,7 +95,11 @@ def _place(x: Float[Tensor, " n"], halfway: Float[Tensor, " levels"], cells: int
 @lru_cache(maxsize=64)
 def lookup_table(table: Table, bits: int, dtype: torch.dtype, device: torch.device) -> LookupTable:
     """The table of that name in that dtype."""
-    entries, deviation = (gaussian_levels(2**bits), 1.0) if table == "gaussian" else nf4_levels()
+    if table == "nf4":
+        entries, deviation = nf4_levels()
+    else:
+        entries = gaussian_levels(2**bits) if table == "gaussian" else even_levels(2**bits)
+        deviation = 1.0
     between = ((entries[1:] + entries[:-1]) / 2).to(device, dtype)
     halfway = torch.cat((between, between.new_full((1,), torch.inf)))
     cells = 2**bits
@@ -152,6 +158,12 @@ def _cells(c: Float[Tensor, " half"]) -> tuple[Tensor, Tensor, Tensor]:
     to_lower, to_upper = low_density * (mean - low) / mass, high_density * (high - mean) / mass
     to_lower[0], to_upper[-1] = 0, 0
     return mean, to_lower, to_upper
+
+
+def even_levels(levels: int) -> Float[Tensor, " levels"]:
+    """Evenly spaced values from -2.4 to 2.4, symmetric and without a zero, in float64."""
+    half = _REACH * (2 * torch.arange(levels // 2, dtype=torch.float64) + 1) / (levels - 1)
+    return torch.cat((-half.flip(0), half))
 
 
 def nf4_levels() -> tuple[Float[Tensor, " levels"], float]:

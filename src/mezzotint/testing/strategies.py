@@ -66,11 +66,12 @@ def _trellis_grids() -> st.SearchStrategy[Grid]:
 
 
 def _lookup_grids() -> st.SearchStrategy[Grid]:
-    any_bits = st.tuples(st.just("gaussian"), st.integers(2, 8))
+    any_bits = st.tuples(st.sampled_from(["gaussian", "even"]), st.integers(2, 8))
     return st.builds(
         lambda pair, **settings: GRIDS["lookup"](table=pair[0], bits=pair[1], **settings),
         any_bits | st.just(("nf4", 4)),
         group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
+        scale_per=st.sampled_from(["group", "matrix"]),
         range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
     )
@@ -81,6 +82,7 @@ def _vector_grids() -> st.SearchStrategy[Grid]:
         GRIDS["vector"],
         bits=st.integers(3, 12).map(lambda index_bits: index_bits / 2),
         group_size=st.sampled_from([None, "auto", 2, 6, 8, 16]),
+        scale_per=st.sampled_from(["group", "matrix"]),
         range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
     )
@@ -113,6 +115,10 @@ def _awq_settings() -> st.SearchStrategy[Any]:
     )
 
 
+def _quip_settings() -> st.SearchStrategy[Any]:
+    return st.builds(TRANSFORMS["quip"], rescale=st.booleans())
+
+
 GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
     "uniform": _uniform_grids,
     "lookup": _lookup_grids,
@@ -124,6 +130,7 @@ ROUNDING_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {"gptq":
 TRANSFORM_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Any]]] = {
     "awq": _awq_settings,
     "hadamard": _hadamard_settings,
+    "quip": _quip_settings,
 }
 
 
