@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mezzotint.pipeline.run import Listener
 
 __version__ = version("mezzotint")
-__all__ = ["Recipe", "__version__", "evaluate", "load", "plan", "quantize"]
+__all__ = ["Recipe", "__version__", "evaluate", "load", "plan", "quantize", "rotate"]
 
 _hook.install()
 
@@ -94,6 +94,25 @@ def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None 
     from mezzotint.pipeline.evaluate import evaluate as run
 
     return run(Path(model), str(text), against=None if against is None else Path(against), **options)
+
+
+def rotate(model: str | Path, *, out: str | Path, trust_remote_code: bool = False, **choices: Any) -> dict[str, Any]:
+    """Write a folder whose model computes what ``model`` computes, from weights without outliers.
+
+    Args:
+        model: folder of the original.
+        out: folder to make; it must not exist, or be empty.
+        trust_remote_code: run Python code from the folder.
+        **choices: ``residual`` and ``heads`` (``hadamard``, ``random`` or ``none``), ``untie``, ``dtype``, ``seed``; as
+            the options of the command line.
+
+    Raises:
+        MezzotintError: the model cannot be rotated exactly; the message says why.
+    """
+    from mezzotint.pipeline.rotate import Rotations
+    from mezzotint.pipeline.rotate import rotate as run
+
+    return run(Path(model), Path(out), Rotations(**choices), trust_remote_code=trust_remote_code)
 
 
 def load(folder: str | Path, **options: Any) -> Any:

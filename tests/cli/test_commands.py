@@ -14,7 +14,7 @@ from mezzotint.cli import tables
 from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
-COMMANDS = ("quantize", "plan", "evaluate", "inspect", "recipes", "palette")
+COMMANDS = ("quantize", "plan", "evaluate", "inspect", "recipes", "palette", "rotate")
 Run = Callable[..., Any]
 
 
@@ -124,6 +124,17 @@ def test_help(command: str, mezzotint: Run) -> None:
             "--memory",
         ):
             assert option in answer.stdout
+
+
+def test_rotate(mezzotint: Run, tmp_path: Path) -> None:
+    answer = mezzotint("rotate", TINY_LLAMA, "--out", tmp_path / "turned", "--residual", "none", "--json")
+    assert answer.code == 0
+    result = answer.last_object
+    assert set(result) == {"out", "seconds", "output_bytes", "difference"}
+    assert result["difference"] < 1e-6
+    assert (tmp_path / "turned" / "tokenizer.json").is_file()
+    again = mezzotint("rotate", TINY_LLAMA, "--out", tmp_path / "turned")
+    assert again.code == 2
 
 
 def test_without_a_command(mezzotint: Run) -> None:

@@ -25,6 +25,7 @@ from mezzotint.grids.vector import VectorGrid
 from mezzotint.registry import GRIDS
 from mezzotint.transforms.hadamard import Hadamard
 from mezzotint.transforms.incoherence import Quip
+from reference import native_reader
 
 FORM = Native()
 NAME = "model.layers.0.mlp.up_proj"
@@ -33,6 +34,7 @@ CASES: dict[str, tuple[Grid, tuple[int, int]]] = {
     "uniform symmetric": (UniformGrid(bits=8, group_size=None, range="minmax", symmetric=True), (16, 32)),
     "lookup": (LookupGrid(bits=5, group_size=16, range="rms", scale_dtype="float16"), (33, 40)),
     "lookup nf4": (LookupGrid(table="nf4", group_size=None, range="absmax"), (8, 24)),
+    "lookup of a matrix": (LookupGrid(bits=2, table="even", range="rms", scale_per="matrix"), (24, 42)),
     "vector": (VectorGrid(bits=3.5, group_size=8, range="rms", scale_dtype="float16"), (9, 64)),
     "trellis": (TrellisGrid(bits=2.25, window=4), (40, 50)),
     "trellis rows": (TrellisGrid(bits=4.125, window=4, scale_per="row"), (33, 32)),
@@ -74,6 +76,19 @@ def stored(case: str = "trellis", transform: Transform | None = None) -> tuple[d
     plan = replace(plan_of({}, model, FORM), entries=(entry,))
     config = FORM.config(plan, replace(model, matrices={NAME: matrix}))
     return json.loads(json.dumps(config)), FORM.tensors(matrix, weight, torch.float32)
+
+
+@pytest.mark.parametrize("case", ["uniform ragged", "lookup", "lookup of a matrix", "trellis"])
+def test_the_independent_reader_in_the_basis_of_quip(case: str):
+    config, tensors = stored(case, Quip())
+    inside = {name.removeprefix(f"{NAME}.weight_"): value for name, value in tensors.items()}
+    values = {name: v.double().numpy() if v.is_floating_point() else v.numpy() for name, v in inside.items()}
+    values["packed"] = values["packed"].view("uint32")
+    (scheme,) = config["schemes"]
+    expected = native_reader.decode(scheme, values)
+    _, weight = example(case, Quip())
+    # in float32: sums of up to 50 products, twice
+    torch.testing.assert_close(weight.dense().double().numpy(), expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
 def test_meets_the_protocol():

@@ -58,6 +58,11 @@ def decode(scheme: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
     transform = scheme["transform"]
     if transform is None:
         return value
+    if transform["kind"] == "quip":
+        inner, outer = (
+            turned(n, seed) for n, seed in zip((columns, rows), tensors["basis_seed"].tolist(), strict=True)
+        )
+        return outer.T @ value @ inner / tensors["basis_input_scale"]
     assert transform["kind"] == "hadamard"
     byte = tensors["basis_input_sign"]
     sign = np.array([-1.0 if byte[j // 8] >> (j % 8) & 1 else 1.0 for j in range(columns)])
@@ -74,11 +79,24 @@ def grouped(grid: dict, tensors: dict[str, np.ndarray], columns: int) -> np.ndar
         stream = sum(word << (32 * k) for k, word in enumerate(words))
         code[row] = [stream >> (j * bits) & (2**bits - 1) for j in range(columns)]
         assert stream >> (columns * bits) == 0
-    scale = tensors["scale"][:, group]
+    scale = tensors["scale"] if grid.get("scale_per") == "matrix" else tensors["scale"][:, group]
     if grid["kind"] == "lookup":
-        return scale * np.array(nf4() if grid["table"] == "nf4" else gaussian(2**bits))[code]
+        tables = {"nf4": nf4, "gaussian": lambda: gaussian(2**bits), "even": lambda: np.linspace(-2.4, 2.4, 2**bits)}
+        return scale * np.array(tables[grid["table"]]())[code]
     assert grid["kind"] == "uniform"
     return scale * (code - (2 ** (bits - 1) if grid["symmetric"] else tensors["zero_point"].astype(int)[:, group]))
+
+
+def turned(size: int, seed: int) -> np.ndarray:
+    """The orthogonal matrix of a seed."""
+    primes = [d for d in range(2, size + 1) if all(d % e for e in range(2, d))]
+    found = [d for d in primes for k in range(1, size.bit_length() + 1) if size % d**k == 0]
+    draw = np.random.RandomState(seed)
+    permutation, parts = draw.permutation(size), []
+    for take in (found[::2], found[1::2]):
+        q, r = np.linalg.qr(draw.standard_normal((int(np.prod(take)),) * 2))
+        parts.append(q * np.sign(np.diag(r)))
+    return np.kron(*parts)[:, np.argsort(permutation)]
 
 
 def gaussian(levels: int) -> list[float]:

@@ -62,7 +62,7 @@ def quantize(
             tables.show_result(result, Console())
         return result
 
-    _finish(work, as_json)
+    finish(work, as_json)
 
 
 @app.command()
@@ -83,7 +83,7 @@ def plan(
     def work() -> dict[str, Any]:
         return _planned(asked.request(model, recipe, engine), None if as_json else Console(), plot)
 
-    _finish(work, as_json)
+    finish(work, as_json)
 
 
 @app.command()
@@ -119,7 +119,7 @@ def evaluate(
             tables.show_evaluation(result, Console())
         return asdict(result)
 
-    _finish(work, as_json)
+    finish(work, as_json)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def inspect(
             tables.show_drift(found, Console())
         return {"drift": [asdict(one) for one in found], "plot": None if plot is None else str(plot)}
 
-    _finish(work, as_json)
+    finish(work, as_json)
 
 
 @app.command()
@@ -180,7 +180,7 @@ def recipes(*, as_json: Json = False) -> None:
             tables.show_recipes(found, Console())
         return {"recipes": found}
 
-    _finish(work, as_json)
+    finish(work, as_json)
 
 
 @app.command()
@@ -201,7 +201,7 @@ def palette(
             tables.show_palette(found, Console())
         return {"grids": [asdict(one) | {"ratio_to_bound": one.ratio_to_bound} for one in found]}
 
-    _finish(work, as_json)
+    finish(work, as_json)
 
 
 def _planned(request: Request, console: Console | None, plot: Path | None) -> dict[str, Any]:
@@ -227,7 +227,8 @@ def _planned(request: Request, console: Console | None, plot: Path | None) -> di
     return {**shown, "predicted_kl_nats": found.chosen.predicted_kl_nats, **found.as_json()}
 
 
-def _finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
+def finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
+    """Do the work of a command; errors become messages and exit codes, the result becomes JSON if asked for."""
     try:
         result = work()
     except KeyboardInterrupt:

@@ -72,6 +72,7 @@ class NormEdge:
         parameter: name of the gain.
         bias: name of the bias, if it adds one.
         readers: every parameter that its output is multiplied with, routers included; nothing else reads it.
+        on_stream: its input is the residual stream.
         gain: ``w`` when the output is multiplied by the gain, ``1+w`` when by one plus the gain (Gemma).
         has_mean: subtracts the mean (LayerNorm).
     """
@@ -81,6 +82,7 @@ class NormEdge:
     has_mean: bool
     bias: str | None
     readers: tuple[Reader, ...]
+    on_stream: bool
 
     @property
     def has_bias(self) -> bool:

@@ -63,11 +63,11 @@ class Gguf:
                 remedy=f"Use --set grid.kind=gguf --set grid.type={nearest}.",
                 nearest=GgufGrid(type=nearest),  # type: ignore[arg-type]
             )
-        if entry.transform is not None:
+        if entry.basis is not None:
             return Refusal(
                 rule="no-transform",
                 what=f"transform of {matrix.name}",
-                value=entry.transform.kind,
+                value=entry.basis.kind,
                 limit="llama.cpp multiplies by the stored matrix as it is",
                 remedy="Use transform.kind=none.",
                 nearest=entry.grid,

@@ -240,8 +240,10 @@ def _norm(draft: _Draft, number: int) -> NormEdge | None:
         draft.forms[key] = norms.probe(module)
     form = draft.forms[key]
     products, stages = draft.trace.products.values(), draft.trace.stages
-    readers = (p for p in products if stages.get(p.parameter, p.operand).number == number)
-    return None if form is None else form.edge(path, tuple(Reader(p.parameter, p.transposed) for p in readers))
+    readers = tuple(
+        Reader(p.parameter, p.transposed) for p in products if stages.get(p.parameter, p.operand).number == number
+    )
+    return None if form is None else form.edge(path, readers, on_stream=path in draft.trace.norms_of_stream)
 
 
 def _head(draft: _Draft, embedding: str) -> tuple[str | None, NormEdge | None]:

@@ -22,7 +22,7 @@ class NormForm(NamedTuple):
     plus_one: bool
     has_mean: bool
 
-    def edge(self, path: str, readers: tuple[Reader, ...]) -> NormEdge:
+    def edge(self, path: str, readers: tuple[Reader, ...], *, on_stream: bool) -> NormEdge:
         """The edge from the normalisation at ``path`` to what reads it."""
         return NormEdge(
             parameter=f"{path}.{self.gain}",
@@ -30,6 +30,7 @@ class NormForm(NamedTuple):
             has_mean=self.has_mean,
             bias=None if self.bias is None else f"{path}.{self.bias}",
             readers=readers,
+            on_stream=on_stream,
         )
 
 

@@ -35,6 +35,33 @@ class Scaled:
         return wide
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Turned:
+    """Vectors along one axis, or pieces of them, times a square matrix from the right; computed and left in float64.
+
+    Attributes:
+        matrix: in float64; an axis longer than it holds several pieces, each of which is turned.
+        axis: counted from the end.
+        index: places on that axis, in the order in which they make up pieces; None is all of them.
+    """
+
+    matrix: Tensor
+    axis: int = -1
+    index: Tensor | None = None
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The changed parameter."""
+        moved = value.double().movedim(self.axis, -1)
+        piece = moved if self.index is None else moved[..., self.index]
+        matrix = self.matrix.to(moved.device)
+        turned = (piece.reshape(*piece.shape[:-1], -1, len(matrix)) @ matrix).reshape(piece.shape)
+        if self.index is not None:
+            moved = moved.clone()
+            moved[..., self.index] = turned
+            turned = moved
+        return turned.movedim(-1, self.axis).contiguous()
+
+
 @dataclass(slots=True)
 class Rewriting:
     """Changes by parameter, in the order in which they were added."""
@@ -44,6 +71,9 @@ class Rewriting:
     def add(self, parameter: str, change: Change) -> None:
         """Apply ``change`` to the parameter from now on, behind those it has already."""
         self._changes.setdefault(parameter, []).append(change)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._changes
 
     @contextmanager
     def kept(self) -> Iterator[None]:

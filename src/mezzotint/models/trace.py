@@ -78,6 +78,7 @@ class Trace:
         stages: parameters of observed experts with their input, in running order.
         norms: path of a module without products and without children, by the number of its output.
         norm_runs: how often such a module ran.
+        norms_of_stream: those whose input is the residual stream.
         read: numbers of values that something else than a product reads.
         block_order: indices of the blocks as they ran.
         embeddings: parameters that were looked up with the token ids.
@@ -89,6 +90,7 @@ class Trace:
     stages: dict[str, Value] = field(default_factory=dict)
     norms: dict[int, str] = field(default_factory=dict)
     norm_runs: dict[str, int] = field(default_factory=dict)
+    norms_of_stream: set[str] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
     block_order: list[int] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
@@ -332,7 +334,10 @@ class Watcher(TorchDispatchMode):
 
     def _on_norm(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and len(list(_tensors((*args, *kwargs.values())))) == 1:
+            inputs = list(_tensors((*args, *kwargs.values())))
+            if isinstance(output, Tensor) and len(inputs) == 1:
+                if self.value(inputs[0]).stream:
+                    self.trace.norms_of_stream.add(name)
                 self.trace.norms[self.value(output).number] = name
                 self.trace.norm_runs[name] = self.trace.norm_runs.get(name, 0) + 1
 
