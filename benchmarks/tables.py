@@ -81,12 +81,54 @@ def costs() -> list[str]:
     ]
 
 
-def main() -> None:
-    """Replace what stands between the README's markers."""
-    text = README.read_text(encoding="utf-8")
-    body = "\n".join(["", *quality(), "", *trellises(), "", *generation(), "", *costs(), ""])
+def bases() -> list[str]:
+    """Changes of basis on the small model: KL by recipe, bits and granularity."""
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for r in rows_of("basis"):
+        row = r["settings"]["row"]
+        sizes = [s.partition("=")[2] for s in row.get("set", []) if s.startswith("grid.group_size=")]
+        place = row["bits"], "group" if sizes == ["32"] else "channel"
+        found.setdefault(row["name"], {})[place] = r["evaluate"]["kl_nats"]
+    places = [(bits, size) for size in ("channel", "group") for bits in (4, 3, 2)]
+    lines = [
+        "| recipe | 4 bits, channel | 3, channel | 2, channel | 4, groups | 3, groups | 2, groups |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, values in found.items():
+        cells = [f"{values[place]:.3f}" if place in values else "" for place in places]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    heading = (
+        "KL in nats per token on stories260k, protocol *screen* (`python -m benchmarks basis`), a scale a row (channel)\n"
+        "or for 32 columns (groups):"
+    )
+    return [heading, "", *lines]
+
+
+def bases_short() -> list[str]:
+    """Changes of basis on a real model."""
+    lines = [
+        "| bits | stored | recipe | KL, nats/token | perplexity | seconds of processor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows_of("basis_short"), key=lambda r: (-r["settings"]["row"]["bits"], r["evaluate"]["kl_nats"])):
+        row, e, q = r["settings"]["row"], r["evaluate"], r["quantize"]
+        figures = f"{e['kl_nats']:.3f} | {e['perplexity']:.1f} | {q['cpu_seconds']:.0f}"
+        lines.append(f"| {row['bits']} | {q['bits_per_weight']:.2f} | {row['name']} | {figures} |")
+    return ["SmolLM2-135M-Instruct, protocol *short*, per channel (`python -m benchmarks basis_short`):", "", *lines]
+
+
+def replace(page: Path, *parts: list[str]) -> None:
+    """Write parts, with an empty line between them, between the markers of a page."""
+    text = page.read_text(encoding="utf-8")
+    body = "\n".join(line for part in parts for line in ("", *part)) + "\n"
     changed = re.sub(r"(?<=<!-- results -->).*?(?=<!-- /results -->)", lambda _: body, text, flags=re.DOTALL)
-    README.write_text(changed, encoding="utf-8")
+    page.write_text(changed, encoding="utf-8")
+
+
+def main() -> None:
+    """Replace what stands between the markers of README and docs."""
+    replace(README, quality(), trellises(), generation(), costs())
+    replace(HERE.parent / "docs" / "bases.md", bases(), bases_short())
 
 
 if __name__ == "__main__":

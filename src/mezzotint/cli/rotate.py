@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 
 from mezzotint.cli import tables
-from mezzotint.cli.app import Json, Model, Seed, Trust, app, errors, finish
+from mezzotint.cli.app import app, errors, finish
+from mezzotint.cli.options import Json, Model, Trust
 
 Kind = "hadamard, random or none."
 
@@ -29,7 +30,7 @@ def rotate(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the model's own if left out.")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the rotations.")] = 0,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:

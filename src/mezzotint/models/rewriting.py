@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Change = Callable[[Tensor], Tensor]
+"""Takes a parameter's value, in float32 or wider and its own to modify, and gives the changed one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,12 +28,11 @@ class Scaled:
     dtype: torch.dtype | None = None
 
     def __call__(self, value: Tensor) -> Tensor:
-        """The changed parameter, in float32 (float64 if ``value`` is)."""
-        wide = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-        piece = wide if self.expert is None else wide[self.expert]
+        """The changed parameter; modifies ``value``."""
+        piece = value if self.expert is None else value[self.expert]
         changed = (piece + self.shift) * self.factor.to(piece) - self.shift
         piece.copy_(changed if self.dtype is None else changed.to(self.dtype))
-        return wide
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,7 +85,10 @@ class Rewriting:
             self._changes = before
 
     def apply(self, parameter: str, value: Tensor) -> Tensor:
-        """What becomes of a parameter's value in the checkpoint."""
-        for change in self._changes.get(parameter, ()):
+        """What becomes of a parameter's value in the checkpoint: in float32 or wider where it changes."""
+        changes = self._changes.get(parameter, ())
+        if changes:
+            value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        for change in changes:
             value = change(value)
         return value

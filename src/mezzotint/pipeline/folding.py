@@ -1,7 +1,7 @@
-"""Scales of a block's inputs, searched on its full-precision weights and folded into it before it is swept."""
+"""AWQ's scales of a block's inputs, searched on its full-precision weights and folded into it before it is swept."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mezzotint.core.contracts import Aim, Block, Grid, InputGroup, Matrix, Transform
+from mezzotint.core.contracts import Aim, Block, Grid, InputGroup, Matrix
 from mezzotint.core.files import Entry
 from mezzotint.core.statistics import Accumulator, Statistics, padded
 from mezzotint.models import Source
@@ -19,7 +19,7 @@ from mezzotint.pipeline.capture import GroupInputs, stops
 from mezzotint.pipeline.solve import least_tokens
 from mezzotint.pipeline.streams import Batch, Streams
 from mezzotint.pipeline.tokens import token_weights
-from mezzotint.transforms.awq import ScaleBasis
+from mezzotint.transforms.awq import Awq, ScaleBasis
 
 _SAME = 1e-3  # an exact fold leaves the roundings of float32, 1e-6 or so; one that is not exact changes much more
 
@@ -50,15 +50,15 @@ class _Part(NamedTuple):
     around: str | None
 
     @property
-    def transform(self) -> Transform:
+    def transform(self) -> Awq:
         """That of all members."""
         transform = self.members[0].entry.transform
-        assert transform is not None
+        assert isinstance(transform, Awq)
         return transform
 
 
 class Folding:
-    """Searches and folds the scales of transforms that leave nothing to do at run time (AWQ).
+    """Searches and folds the scales of AWQ.
 
     Args:
         source: the original; its rewriting is added to.
@@ -96,18 +96,22 @@ class Folding:
         if not parts:
             return decided
         batch = streams.batches[0]
-        inputs, calls = self._observed(block, module, streams, parts)
+        with streams.products():
+            inputs, calls = self._observed(block, module, streams, parts)
         found: list[tuple[Fold, Tensor]] = []
+        same: dict[tuple[str, ...], bool] = {}
         for part in parts:
             names = [member.matrix.name for member in part.members]
-            by_expert = {m.matrix.expert: self._statistics(part, m.matrix.expert, inputs, batch) for m in part.members}
-            refusal = self._refusal(part, by_expert, calls)
+            experts = {member.matrix.expert for member in part.members}
+            with streams.products():
+                by_expert = {expert: self._statistics(part, expert, inputs, batch) for expert in experts}
+            refusal = self._refusal(part, by_expert, calls, same)
             if refusal is None:
                 basis = self._search(part, by_expert, calls, batch)
                 found.append((part.fold, basis.scale))
-                decision: Decisions = {part.transform.kind: basis.strength}
+                decision: Decisions = {Awq.kind: basis.strength}
             else:
-                decision = {part.transform.kind: f"not scaled: {refusal}"}
+                decision = {Awq.kind: f"not scaled: {refusal}"}
             decided |= dict.fromkeys(names, decision)
         self._rewritten(self._apply(found))
         return decided
@@ -124,7 +128,7 @@ class Folding:
                 kept = fold and fold.producer and fold.producer.matrix.name not in self._entries
                 if fold is None or kept:
                     why = "what makes its inputs is kept" if kept else "nothing before it can take scales of its inputs"
-                    decided |= {m.matrix.name: {"awq": f"not scaled: {why}"} for m in part}
+                    decided |= {m.matrix.name: {Awq.kind: f"not scaled: {why}"} for m in part}
                     continue
                 around = None if fold.producer is None else _module_of([part[0].matrix, fold.producer.matrix])
                 yield _Part(tuple(part), position, fold, self._inspected(block, part), around)
@@ -132,7 +136,7 @@ class Folding:
     def _members(self, group: InputGroup) -> Iterator[_Member]:
         for name in group.matrices:
             entry = self._entries.get(name)
-            if entry is not None and entry.transform is not None and not entry.transform.run_time:
+            if entry is not None and isinstance(entry.transform, Awq):
                 matrix = self._source.map.matrices[name]
                 yield _Member(matrix, entry, matrix.view(self._source.skeleton.get_parameter(matrix.parameter).data))
 
@@ -154,11 +158,20 @@ class Folding:
     ) -> tuple[dict[int, GroupInputs], dict[str, "_Call"]]:
         """Inputs of groups and calls of modules in the first batch of the quantized stream, which is a fit one."""
         calls: dict[str, _Call] = {}
-        tokens = {path: part.transform.tokens for part in parts for path in (part.inspected, part.around) if path}  # type: ignore[attr-defined]
+        tokens = {path: part.transform.tokens for part in parts for path in (part.inspected, part.around) if path}
 
         def keep(path: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                calls.setdefault(path, _Call.of(self._source.skeleton.get_submodule(path), args, kwargs, tokens[path]))
+                calls.setdefault(
+                    path,
+                    _Call.of(
+                        self._source.skeleton.get_submodule(path),
+                        args,
+                        kwargs,
+                        tokens=tokens[path],
+                        products=streams.products,
+                    ),
+                )
 
             return hook
 
@@ -188,14 +201,25 @@ class Folding:
         return sums.finish()
 
     def _refusal(
-        self, part: _Part, statistics: Mapping[int | None, Statistics], calls: Mapping[str, "_Call"]
+        self,
+        part: _Part,
+        statistics: Mapping[int | None, Statistics],
+        calls: Mapping[str, "_Call"],
+        same: dict[tuple[str, ...], bool],
     ) -> str | None:
-        """Why these inputs are not scaled, or None."""
+        """Why these inputs are not scaled, or None; ``same`` keeps what has been tried (of experts one for all)."""
         tokens, least = sum(s.tokens for s in statistics.values()), least_tokens(part.members[0].matrix)
         if tokens < least:
             return f"only {tokens:.0f} tokens, at least {least} needed"
         if part.fold.exact:
             return None
+        ends = tuple(reader.parameter for reader in part.fold.readers)
+        if ends not in same:
+            same[ends] = self._keeps_the_block(part, calls)
+        return None if same[ends] else "what lies between it and what makes its inputs is more than a factor"
+
+    def _keeps_the_block(self, part: _Part, calls: Mapping[str, "_Call"]) -> bool:
+        """Whether the module around both ends of a fold computes the same with random scales folded."""
         assert part.around is not None
         call = calls[part.around]
         before = call.output()
@@ -204,7 +228,7 @@ class Folding:
         exponents = part.fold.tied(torch.randn(width, generator=torch.Generator().manual_seed(0)) * 2).round()
         with self._tried(part.fold, exponents.exp2()):
             change = (call.output() - before).norm() / before.norm().clamp_min(torch.finfo(before.dtype).tiny)
-        return None if float(change) < _SAME else "what lies between it and what makes its inputs is more than a factor"
+        return float(change) < _SAME
 
     @contextmanager
     def _tried(self, fold: Fold, scale: Tensor) -> Iterator[None]:
@@ -269,9 +293,7 @@ class Folding:
                 error = error[batch.mask[: error.shape[0]].to(error.device)]
             return float(error.square().sum(dtype=torch.float64))
 
-        (basis, *_) = part.transform.fit(aims, known, probe, torch.Generator())
-        assert isinstance(basis, ScaleBasis)
-        return basis
+        return part.transform.fit(aims, known, probe, torch.Generator())[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +303,18 @@ class _Call:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    products: Callable[[], AbstractContextManager[None]]
 
     @classmethod
-    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -> "_Call":
+    def of(
+        cls,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        tokens: int,
+        products: Callable[[], AbstractContextManager[None]],
+    ) -> "_Call":
         """The call with its first windows (of experts: tokens), at least one and about ``tokens`` tokens.
 
         All windows stay where an argument has a first axis that may be something else than they are.
@@ -294,11 +325,12 @@ class _Call:
         if all(leaf.dim() and leaf.shape[0] in (1, count) for leaf in given):
             cut = lambda leaf: leaf[:keep] if isinstance(leaf, Tensor) and leaf.shape[0] == count else leaf  # noqa: E731
             args, kwargs = tree_map(cut, (args, dict(kwargs)))
-        return cls(module, args, kwargs)
+        return cls(module, args, kwargs, products)
 
     def output(self) -> Tensor:
         """What the module makes of them now."""
-        output = self.module(*self.args, **self.kwargs)
+        with self.products():
+            output = self.module(*self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 

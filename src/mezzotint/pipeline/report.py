@@ -33,6 +33,7 @@ def plan_json(planned: Planned) -> dict[str, Any]:
                 "block": e.block,
                 "shape": list(planned.shapes[e.matrix]),
                 "target": stage(e.target),
+                "transform": None if e.transform is None else stage(e.transform),
                 "grid": stage(e.grid),
                 "rounding": stage(e.rounding),
                 "refinement": None if e.refinement is None else stage(e.refinement),
