@@ -98,8 +98,8 @@ def bases() -> list[str]:
         cells = [f"{values[place]:.3f}" if place in values else "" for place in places]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     heading = (
-        "KL in nats per token on stories260k, protocol *screen* (`python -m benchmarks basis`), a scale a row (channel)\n"
-        "or for 32 columns (groups):"
+        "KL in nats per token on stories260k, protocol *screen* (`python -m benchmarks basis`), a scale a row "
+        "(channel)\nor for 32 columns (groups):"
     )
     return [heading, "", *lines]
 

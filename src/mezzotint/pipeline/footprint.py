@@ -60,7 +60,7 @@ def quantized_bytes(source: Source, planned: Planned) -> int:
     for entry in planned.plan.entries:
         matrix = source.map.matrices[entry.matrix]
         dtype = source.checkpoint.tensors[matrix.sources[0]].dtype
-        specs = planned.form.specs(matrix, entry.grid, dtype, entry.transform)
+        specs = planned.form.specs(matrix, entry.grid, dtype, entry.basis)
         found += sum(spec.nbytes for spec in specs if spec.name in kept)
     return found
 

@@ -203,7 +203,9 @@ def price(
         progress: told of matrices done.
     """
     # weights stay what they are, so both streams are the same and no drift is needed
-    entries = [replace(entry, target=WeightTarget(), refinement=None) for entry in planned.plan.entries]
+    entries = [
+        replace(entry, target=WeightTarget(), transform=entry.basis, refinement=None) for entry in planned.plan.entries
+    ]
     done = 0
 
     def step() -> None:
@@ -214,14 +216,14 @@ def price(
     def size(entry: Entry, grid: Grid) -> int:
         matrix = source.map.matrices[entry.matrix]
         if not in_file:
-            return stored_bits(grid, entry.transform, matrix.shape).total
+            return stored_bits(grid, entry.basis, matrix.shape).total
         dtype = source.checkpoint.tensors[matrix.sources[0]].dtype
-        return sum(8 * spec.nbytes for spec in planned.form.specs(matrix, grid, dtype, entry.transform))
+        return sum(8 * spec.nbytes for spec in planned.form.specs(matrix, grid, dtype, entry.basis))
 
     def seconds(entry: Entry, grid: Grid) -> float:
         if latency is None:
             return 0.0
-        return latency.seconds(source.map.matrices[entry.matrix].shape, grid, entry.transform)
+        return latency.seconds(source.map.matrices[entry.matrix].shape, grid, entry.basis)
 
     request = planned.request
     pricer = _Pricer(
