@@ -50,6 +50,15 @@ def test_a_registry_does_not_change_with_its_source():
     assert list(entries) == ["pi"]
 
 
+def test_a_name_of_ones_own():
+    entries = Registry("number", {"pi": "math:pi"})
+    entries.add("e", "math:e")
+    entries.add("e", "math:e")
+    assert list(entries) == ["pi", "e"]
+    with pytest.raises(ConfigError, match=r"number 'pi' exists: math:pi\. Choose another name"):
+        entries.add("pi", "math:tau")
+
+
 def test_nothing_is_imported_before_it_is_used():
     program = (
         "import sys; from mezzotint.registry import ROUNDINGS; list(ROUNDINGS), 'gptq' in ROUNDINGS;"

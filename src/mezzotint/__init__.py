@@ -15,12 +15,24 @@ from mezzotint.engines import hook as _hook
 
 if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
+    from mezzotint.evaluation.tasks import TaskScore
+    from mezzotint.pipeline.compare import Compared, Pair
     from mezzotint.pipeline.plan import Planned
     from mezzotint.pipeline.recipe import Recipe as Recipe
     from mezzotint.pipeline.run import Listener
 
 __version__ = version("mezzotint")
-__all__ = ["Recipe", "__version__", "evaluate", "load", "plan", "quantize", "rotate"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "load",
+    "plan",
+    "quantize",
+    "rotate",
+]
 
 _hook.install()
 
@@ -113,6 +125,40 @@ def rotate(model: str | Path, *, out: str | Path, trust_remote_code: bool = Fals
     from mezzotint.pipeline.rotate import rotate as run
 
     return run(Path(model), Path(out), Rotations(**choices), trust_remote_code=trust_remote_code)
+
+
+def evaluate_tasks(
+    model: str | Path, tasks: Sequence[str], *, against: str | Path | None = None, **options: Any
+) -> "dict[str, TaskScore]":
+    """Scores of a folder in tasks of lm-eval, item by item beside those of the original.
+
+    Args:
+        model: folder, quantized or not.
+        tasks: names that lm-eval knows.
+        against: the original.
+        **options: ``task_path`` (folders with further task files), ``limit``, ``shots``, ``batch_size``, ``device``,
+            ``memory``, ``trust_remote_code``, ``show_progress``.
+
+    Raises:
+        MezzotintError: lm-eval is not installed, a task is unknown, or a folder or data cannot be used.
+    """
+    from mezzotint.pipeline.tasks import evaluate_tasks as run
+
+    return run(Path(model), tasks, against=None if against is None else Path(against), **options)
+
+
+def compare(folders: Sequence[str | Path]) -> "tuple[tuple[Compared, ...], tuple[Pair, ...]]":
+    """Quantized folders beside each other, and every one's difference from the first where they were measured alike.
+
+    Args:
+        folders: two or more that `quantize` made; `evaluate` with ``--keep-results`` keeps what is compared.
+
+    Raises:
+        MezzotintError: fewer than two, or a folder has no report.
+    """
+    from mezzotint.pipeline.compare import compare as run
+
+    return run([Path(folder) for folder in folders])
 
 
 def load(folder: str | Path, **options: Any) -> Any:

@@ -20,6 +20,20 @@ class Registry(Mapping[str, Any]):
         module, attribute = self._entries[name].split(":")
         return getattr(import_module(module), attribute)
 
+    def add(self, name: str, place: str) -> None:
+        """Make something of one's own known by a name.
+
+        Args:
+            name: not taken yet.
+            place: ``"package.module:attribute"``; in a script ``f"{__name__}:attribute"``.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if self._entries.get(name, place) != place:
+            raise ConfigError(f"{self.what} {name!r} exists: {self._entries[name]}. Choose another name.")
+        self._entries[name] = place
+
     def __contains__(self, name: object) -> bool:
         # Mapping would look the name up: import the module, and raise for an unknown name
         return name in self._entries

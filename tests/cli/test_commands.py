@@ -14,7 +14,7 @@ from mezzotint.cli import tables
 from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
-COMMANDS = ("quantize", "plan", "evaluate", "inspect", "recipes", "palette", "rotate")
+COMMANDS = ("quantize", "plan", "evaluate", "inspect", "compare", "recipes", "palette", "rotate")
 Run = Callable[..., Any]
 
 
@@ -33,7 +33,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_whole_process(finished: Path) -> None:
-    assert {"config.json", "model.safetensors", "mezzotint.json"} <= {path.name for path in finished.iterdir()}
+    assert {"config.json", "model.safetensors", "mezzotint.json", "README.md"} <= {
+        path.name for path in finished.iterdir()
+    }
     assert not finished.with_name("out.partial").exists()
 
 

@@ -48,7 +48,9 @@ def divergence(reference_logits, logits, targets, mask):
         targets: ``[windows, positions]``.
         mask: ``[windows, positions]``, what is scored.
     """
-    kl, nll, reference_nll, agree, means, counts = [], [], [], [], [], []
+    kl, nll, reference_nll, agree, before, now = [], [], [], [], [], []
+    by_window = {"kl": [], "nll": [], "ratio": [], "agree": []}
+    counts = []
     for window in range(len(targets)):
         keep = mask[window]
         if not keep.any():
@@ -56,21 +58,36 @@ def divergence(reference_logits, logits, targets, mask):
         p, q, wanted = reference_logits[window][keep], logits[window][keep], targets[window][keep]
         values = kl_nats(p, q)
         kl.extend(values)
-        nll.extend(token_nll(q, wanted))
-        reference_nll.extend(token_nll(p, wanted))
-        agree.extend(p.argmax(-1) == q.argmax(-1))
-        means.append(values.mean())
+        own, others, same = token_nll(q, wanted), token_nll(p, wanted), p.argmax(-1) == q.argmax(-1)
+        nll.extend(own)
+        reference_nll.extend(others)
+        agree.extend(same)
+        before.extend(p.argmax(-1) == wanted)
+        now.extend(q.argmax(-1) == wanted)
+        for name, column in (("kl", values), ("nll", own), ("ratio", own - others), ("agree", same)):
+            by_window[name].append(np.mean(column))
         counts.append(len(values))
-    means, counts = np.array(means), np.array(counts)
-    mean = np.mean(kl)
-    # of a ratio estimator; with equal counts it is std(means) / sqrt(windows)
-    spread = np.sqrt(len(means) / (len(means) - 1) * np.sum((counts * (means - mean)) ** 2)) / counts.sum()
+    counts = np.array(counts)
+
+    def spread(name):
+        # of a ratio estimator; with equal counts it is std(means) / sqrt(windows)
+        means = np.array(by_window[name])
+        mean = np.sum(counts * means) / counts.sum()
+        return np.sqrt(len(means) / (len(means) - 1) * np.sum((counts * (means - mean)) ** 2)) / counts.sum()
+
+    before, now, mean = np.array(before), np.array(now), np.mean(kl)
     return {
+        "perplexity_stderr": np.exp(np.mean(nll)) * spread("nll"),
+        "log_perplexity_ratio": np.log(np.exp(np.mean(nll)) / np.exp(np.mean(reference_nll))),
+        "log_perplexity_ratio_stderr": spread("ratio"),
+        "top1_stderr": spread("agree"),
+        "lost": np.mean(before & ~now),
+        "gained": np.mean(now & ~before),
         "perplexity": np.exp(np.mean(nll)),
         "reference_perplexity": np.exp(np.mean(reference_nll)),
         "kl_nats": mean,
-        "kl_stderr": spread,
-        "percentiles": np.percentile(kl, [50, 90, 99, 100]),
+        "kl_stderr": spread("kl"),
+        "percentiles": np.percentile(kl, [50, 90, 95, 99, 99.9, 100]),
         "top1_agreement": np.mean(agree),
         "tokens": len(kl),
     }

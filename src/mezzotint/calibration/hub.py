@@ -6,6 +6,7 @@ from typing import Any
 from mezzotint.errors import CalibrationError, unknown
 
 SPLITS = ("train", "validation", "test")
+EVALUATED = {"c4": "validation"}  # the split that papers measure perplexity on, where it is not `test`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

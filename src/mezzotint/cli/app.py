@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 from mezzotint.cli import tables
-from mezzotint.cli.options import Asked, Device, Engine, Json, Memory, Model, RecipeName, Trust, asks
+from mezzotint.cli.options import Asked, Engine, Json, Model, RecipeName, asks
 from mezzotint.errors import ConfigError, MezzotintError, RunError
-from mezzotint.pipeline.request import Request, parse_bytes, resolve_device
+from mezzotint.pipeline.request import Request
 
 app = typer.Typer(
     name="mezzotint",
@@ -87,88 +87,6 @@ def plan(
 
 
 @app.command()
-def evaluate(
-    *,
-    model: Model,
-    text: Annotated[str, typer.Option("--text", help="A file, or wikitext2, ptb, c4 by name.", show_default=False)],
-    against: Annotated[Path | None, typer.Option("--against", help="The original, for the divergence.")] = None,
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", help="Tokens per window (2048 if the model takes it).")
-    ] = None,
-    windows: Annotated[int | None, typer.Option("--windows", help="Use the first so many windows.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", help="Folder that keeps the original's states for the next comparison.")
-    ] = None,
-    device: Device = "auto",
-    memory: Memory = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Perplexity on a text, and the divergence from the original (KL, nats per token)."""
-
-    def work() -> dict[str, Any]:
-        from mezzotint.pipeline.evaluate import evaluate as run
-
-        with tables.bar(errors, "evaluating") as progress:
-            result = run(
-                model, text, against=against, seqlen=seqlen, windows=windows, device=resolve_device(device),
-                memory=None if memory is None else parse_bytes(memory), cache=cache,
-                trust_remote_code=trust_remote_code, progress=progress,
-            )  # fmt: skip
-        if not as_json:
-            tables.show_evaluation(result, Console())
-        return asdict(result)
-
-    finish(work, as_json)
-
-
-@app.command()
-@asks
-def inspect(
-    *,
-    folder: Annotated[
-        Path, typer.Argument(help="A folder that mezzotint made; with --drift, an original.", show_default=False)
-    ],
-    drift: Annotated[
-        bool, typer.Option("--drift", help="Quantize the first blocks only and follow their error to the last one.")
-    ] = False,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="With --drift: to compare; give several.")
-    ] = None,
-    blocks: Annotated[int, typer.Option("--blocks", help="With --drift: how many to quantize.")] = 10,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="With --drift: a .png or .svg with one line a recipe.")
-    ] = None,
-    asked: Asked,
-    as_json: Json = False,
-) -> None:
-    """Show what was done to a quantized folder: bits, sizes, errors; with --drift, how errors travel in a model."""
-
-    def work() -> dict[str, Any]:
-        if not drift:
-            from mezzotint.pipeline.report import read_report
-
-            report = read_report(folder)
-            if not as_json:
-                tables.show_report(report, Console())
-            return report
-        from mezzotint.cli.plots import check_plot, plot_drift
-        from mezzotint.pipeline.drift import measure_drift
-
-        check_plot(plot)
-        requests = [asked.request(folder, name, "dense") for name in recipe or ("rtn", "qep-rtn")]
-        with tables.bar(errors, "following the streams") as progress:
-            found = measure_drift(requests, blocks, progress)
-        if plot is not None:
-            plot_drift(found, plot)
-        if not as_json:
-            tables.show_drift(found, Console())
-        return {"drift": [asdict(one) for one in found], "plot": None if plot is None else str(plot)}
-
-    finish(work, as_json)
-
-
-@app.command()
 def recipes(*, as_json: Json = False) -> None:
     """List every recipe that has a name, with its paper."""
 
@@ -228,7 +146,7 @@ def _planned(request: Request, console: Console | None, plot: Path | None) -> di
 
 
 def finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
-    """Do the work of a command; errors become messages and exit codes, the result becomes JSON if asked for."""
+    """Do the work of a command: errors to stderr, its object to stdout if asked for, and the exit code."""
     try:
         result = work()
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -154,19 +154,95 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"written to {escape(result['out'])}")
 
 
-def show_evaluation(result: Any, console: Console) -> None:
-    """Perplexities and divergence."""
-    table = Table(title=f"{result.windows} windows of {result.seqlen} tokens")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    for name, value in asdict(result).items():
-        if isinstance(value, float):
-            table.add_row(name, f"{value:.4f}")
-        elif isinstance(value, dict):
-            table.add_row(name, ", ".join(f"{key} {part:.4f}" for key, part in value.items()))
-        elif value is not None:
-            table.add_row(name, str(value))
+def show_evaluation(text: Any | None, tasks: Mapping[str, Any] | None, console: Console) -> None:
+    """Perplexities, divergence and scores."""
+    if text is not None:
+        table = Table(title=f"{text.text}: {text.windows} windows of {text.seqlen} tokens, {text.tokens} predicted")
+        table.add_column("measure")
+        table.add_column("value", justify="right")
+        table.add_column("± stderr", justify="right")
+        for name, value, stderr in _text_rows(text):
+            table.add_row(name, value, "" if stderr is None else f"{stderr:.4f}")
+        console.print(table)
+    if tasks is not None:
+        table = Table(title="tasks: the original, the model, and their difference over the same items (95 %)")
+        for column in ("task", "metric", "original", "model", "difference", "lost", "gained"):
+            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        for name, task in tasks.items():
+            for score in (task, *task.others):
+                table.add_row(name, *_score_row(score))
+                name = ""
+        console.print(table)
+
+
+def _text_rows(text: Any) -> list[tuple[str, str, float | None]]:
+    rows = [("perplexity", f"{text.perplexity:.4f}", text.perplexity_stderr)]
+    if text.kl_nats is None:
+        return rows
+    ratio = text.log_perplexity_ratio
+    return [
+        *rows,
+        ("reference_perplexity", f"{text.reference_perplexity:.4f}", None),
+        ("log_perplexity_ratio", f"{ratio:.4f}", text.log_perplexity_ratio_stderr),
+        ("kl_nats, mean over tokens", f"{text.kl_nats:.4f}", text.kl_stderr),
+        *((f"kl_nats, {name}", f"{value:.4f}", None) for name, value in text.kl_percentiles.items()),
+        ("same likeliest token", f"{text.top1_agreement:.2%}", text.top1_stderr),
+        ("right before, wrong now", f"{text.flips['lost']:.2%}", None),
+        ("wrong before, right now", f"{text.flips['gained']:.2%}", None),
+    ]
+
+
+def _score_row(score: Any) -> list[str]:
+    def shown(value: float | None, stderr: float | None) -> str:
+        spread = "" if stderr is None else f" ± {stderr:.4f}"
+        return "" if value is None else f"{value:.4f}{spread}"
+
+    change, flips = score.difference, score.flips or {}
+    return [
+        score.metric,
+        shown(score.reference, score.reference_stderr),
+        shown(score.value, score.stderr),
+        "" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+        *(f"{flips[name]:.2%}" if name in flips else "" for name in ("lost", "gained")),
+    ]
+
+
+def show_comparison(found: Sequence[Any], pairs: Sequence[Any], console: Console) -> None:
+    """Folders beside each other, then what can be told apart."""
+    texts = dict.fromkeys(text for one in found for text in one.results["texts"])
+    table = Table(title="folders")
+    for column in ("folder", "recipe", "bits/weight", "size", "seconds", "last block", *texts):
+        table.add_column(column, justify="left" if column in ("folder", "recipe") else "right", overflow="fold")
+    for one in found:
+        row = one.figures()
+        error = row["last_block_error"]
+        losses = [one.results["texts"].get(text) for text in texts]
+        table.add_row(
+            row["name"],
+            row["recipe"],
+            f"{row['bits_per_weight']:.3f}",
+            size(row["output_bytes"]),
+            f"{row['seconds']:.0f}",
+            "-" if error is None else f"{error:.2%}",
+            *("-" if loss is None else _loss(loss) for loss in losses),
+        )
     console.print(table)
+    if not pairs:
+        console.print("no differences: nothing was measured on the same text or tasks with --keep-results")
+        return
+    table = Table(title="differences over the same windows or items, with 95 % intervals")
+    for column in ("measure", "on", "first", "second", "first minus second", "clear"):
+        table.add_column(column, overflow="fold")
+    for pair in pairs:
+        d = pair.difference
+        shown = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+        table.add_row(pair.measure, pair.on, pair.first, pair.second, shown, "yes" if d.clear else "no")
+    console.print(table)
+
+
+def _loss(text: Mapping[str, Any]) -> str:
+    divergence = "" if text["kl_nats"] is None else f"KL {text['kl_nats']:.4f}, "
+    return f"{divergence}perplexity {text['perplexity']:.2f}"
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:

@@ -1,5 +1,6 @@
-"""How far a model is from another: perplexity and divergence, accumulated from chunks of logits."""
+"""How far a model is from another: perplexity, divergence and tasks, with what two models can be told apart by."""
 
-from mezzotint.evaluation.divergence import Divergence, Evaluation, chunks, standard_error
+from mezzotint.evaluation.divergence import Divergence, Evaluation, WindowSums, chunks
+from mezzotint.evaluation.intervals import Difference, difference, standard_error
 
-__all__ = ["Divergence", "Evaluation", "chunks", "standard_error"]
+__all__ = ["Difference", "Divergence", "Evaluation", "WindowSums", "chunks", "difference", "standard_error"]

@@ -1,8 +1,9 @@
 """Perplexity of a model, and its divergence from another, accumulated chunk by chunk of positions."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,49 +12,95 @@ from torch import Tensor
 
 from mezzotint.core.metrics import kl_nats, perplexity, token_nll
 from mezzotint.errors import CalibrationError, NonFiniteError
+from mezzotint.evaluation.intervals import standard_error
 
-PERCENTILES: Mapping[str, float] = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 100.0}
+PERCENTILES: Mapping[str, float] = {
+    "p50": 50.0,
+    "p90": 90.0,
+    "p95": 95.0,
+    "p99": 99.0,
+    "p99.9": 99.9,
+    "max": 100.0,
+}
 # of float32 size: the logits of two models and three temporaries of the divergence
 LOGIT_COPIES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What a comparison found. The fields below ``seqlen`` are None without a reference.
+class WindowSums:
+    """Sums over the scored tokens of one window, which is what models are compared by.
 
     Attributes:
-        perplexity: of the model.
-        tokens: scored, that is predicted.
-        windows: with at least one scored token.
-        seqlen: tokens per window.
-        reference_perplexity: of the reference.
-        kl_nats: mean over tokens of KL(reference || model).
-        kl_stderr: standard error of that mean, from its spread over windows (tokens of one window are not
-            independent); None for a single window.
-        kl_percentiles: over tokens: ``p50``, ``p90``, ``p99``, ``max``.
-        top1_agreement: share of tokens where both models find the same token likeliest.
+        tokens: scored.
+        nll: negative log likelihood under the model, in nats.
+        reference_nll: under the reference.
+        kl: divergence from the reference, in nats.
+        agreed: tokens where both find the same token likeliest.
+        lost: tokens that only the reference had likeliest, of those that came.
+        gained: tokens that only the model had likeliest, of those that came.
     """
-
-    perplexity: float
-    tokens: int
-    windows: int
-    seqlen: int
-    reference_perplexity: float | None = None
-    kl_nats: float | None = None
-    kl_stderr: float | None = None
-    kl_percentiles: Mapping[str, float] | None = None
-    top1_agreement: float | None = None
-
-
-@dataclass(slots=True)
-class _Window:
-    """Sums over the scored tokens of one window."""
 
     tokens: int = 0
     nll: float = 0.0
     reference_nll: float = 0.0
     kl: float = 0.0
     agreed: int = 0
+    lost: int = 0
+    gained: int = 0
+
+    def __add__(self, other: "WindowSums") -> "WindowSums":
+        return WindowSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What a comparison found.
+
+    Standard errors come from the spread over windows (tokens of one window are not independent) and are None for a
+    single one. All fields from ``reference_perplexity`` on are None without a reference.
+
+    Attributes:
+        perplexity: of the model.
+        perplexity_stderr: its standard error, to first order: that of the mean negative log likelihood times it.
+        tokens: scored, that is predicted.
+        windows: with at least one scored token.
+        seqlen: tokens per window.
+        text: what it was measured on.
+        digest: of the windows' tokens; two models were measured on the same ones where it is equal.
+        by_window: sums over each window.
+        reference_perplexity: of the reference.
+        log_perplexity_ratio: ``log(perplexity / reference_perplexity)``, paired over windows.
+        log_perplexity_ratio_stderr: its standard error.
+        kl_nats: mean over tokens of KL(reference || model).
+        kl_stderr: its standard error.
+        kl_percentiles: over tokens: ``p50``, ``p90``, ``p95``, ``p99``, ``p99.9``, ``max``.
+        top1_agreement: share of tokens where both models find the same token likeliest.
+        top1_stderr: its standard error.
+        flips: shares of tokens that the reference predicted and the model does not (``lost``), and the other way
+            (``gained``), where the likeliest token counts as the prediction (arXiv 2407.09141).
+    """
+
+    perplexity: float
+    perplexity_stderr: float | None
+    tokens: int
+    windows: int
+    seqlen: int
+    text: str
+    digest: str
+    by_window: tuple[WindowSums, ...] = field(repr=False)
+    reference_perplexity: float | None = None
+    log_perplexity_ratio: float | None = None
+    log_perplexity_ratio_stderr: float | None = None
+    kl_nats: float | None = None
+    kl_stderr: float | None = None
+    kl_percentiles: Mapping[str, float] | None = None
+    top1_agreement: float | None = None
+    top1_stderr: float | None = None
+    flips: Mapping[str, float] | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the sums by window."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_window"}
 
 
 class Divergence:
@@ -68,8 +115,8 @@ class Divergence:
 
     def __init__(self, reference: bool) -> None:
         self.reference = reference
-        self._windows: list[_Window] = []
-        self._open = _Window()
+        self._windows: list[WindowSums] = []
+        self._open = WindowSums()
         self._kl: list[Tensor] = []
 
     def add(
@@ -95,53 +142,86 @@ class Divergence:
         if mask is not None and not bool(mask.all()):
             logits, targets = logits[mask], targets[mask]
             reference = None if reference is None else reference[mask]
-        sums, window = self._open, len(self._windows)
-        sums.tokens += targets.shape[0]
-        sums.nll += _finite_sum(token_nll(logits, targets), "model", window)
+        window = len(self._windows)
+        nll = _finite_sum(token_nll(logits, targets), "model", window)
         if reference is None:
+            self._open += WindowSums(tokens=targets.shape[0], nll=nll)
             return
-        sums.reference_nll += _finite_sum(token_nll(reference, targets), "reference", window)
-        sums.agreed += int((logits.argmax(dim=-1) == reference.argmax(dim=-1)).sum())
+        likeliest, before = logits.argmax(dim=-1), reference.argmax(dim=-1)
+        hit, hit_before = likeliest == targets, before == targets
         kl = kl_nats(reference, logits)
-        sums.kl += _finite_sum(kl, "model", window)
+        self._open += WindowSums(
+            tokens=targets.shape[0],
+            nll=nll,
+            reference_nll=_finite_sum(token_nll(reference, targets), "reference", window),
+            kl=_finite_sum(kl, "model", window),
+            agreed=int((likeliest == before).sum()),
+            lost=int((hit_before & ~hit).sum()),
+            gained=int((hit & ~hit_before).sum()),
+        )
         self._kl.append(kl.to("cpu", torch.float32))
 
     def end_window(self) -> None:
         """What is added from here on belongs to the next window."""
         self._windows.append(self._open)
-        self._open = _Window()
+        self._open = WindowSums()
 
-    def result(self, seqlen: int) -> Evaluation:
+    def result(self, seqlen: int, *, text: str = "", digest: str = "") -> Evaluation:
         """The figures over everything added.
 
         Args:
             seqlen: tokens per window, for the record.
+            text: what was measured on, for the record.
+            digest: of the tokens, for the record.
 
         Raises:
             CalibrationError: nothing was scored.
         """
-        windows = [sums for sums in (*self._windows, self._open) if sums.tokens]
-        tokens = sum(sums.tokens for sums in windows)
+        windows = tuple(sums for sums in (*self._windows, self._open) if sums.tokens)
+        counts = [sums.tokens for sums in windows]
+        tokens = sum(counts)
         if tokens == 0:
             raise CalibrationError(
                 f"no token was scored in {len(self._windows)} windows of {seqlen}. Give text of at least 2 tokens."
             )
+
+        def stderr(sums: list[float]) -> float | None:
+            return standard_error(sums, counts)
+
         own = perplexity(math.fsum(sums.nll for sums in windows), tokens)
-        if not self.reference:
-            return Evaluation(perplexity=own, tokens=tokens, windows=len(windows), seqlen=seqlen)
-        per_token = torch.cat(self._kl).numpy()
-        quantiles = np.percentile(per_token, list(PERCENTILES.values()))
+        spread = stderr([sums.nll for sums in windows])
+        figures: dict[str, Any] = {}
+        if self.reference:
+            figures = self._against(windows, tokens, stderr)
         return Evaluation(
             perplexity=own,
+            perplexity_stderr=None if spread is None else own * spread,
             tokens=tokens,
             windows=len(windows),
             seqlen=seqlen,
-            reference_perplexity=perplexity(math.fsum(sums.reference_nll for sums in windows), tokens),
-            kl_nats=math.fsum(sums.kl for sums in windows) / tokens,
-            kl_stderr=standard_error([sums.kl for sums in windows], [sums.tokens for sums in windows]),
-            kl_percentiles=dict(zip(PERCENTILES, quantiles.tolist(), strict=True)),
-            top1_agreement=sum(sums.agreed for sums in windows) / tokens,
+            text=text,
+            digest=digest,
+            by_window=windows,
+            **figures,
         )
+
+    def _against(
+        self, windows: tuple[WindowSums, ...], tokens: int, stderr: Callable[[list[float]], float | None]
+    ) -> dict[str, Any]:
+        """What there is to say with a reference."""
+        ratios = [sums.nll - sums.reference_nll for sums in windows]
+        quantiles = np.percentile(torch.cat(self._kl).numpy(), list(PERCENTILES.values()))
+        return {
+            "reference_perplexity": perplexity(math.fsum(sums.reference_nll for sums in windows), tokens),
+            "log_perplexity_ratio": math.fsum(ratios) / tokens,
+            "log_perplexity_ratio_stderr": stderr(ratios),
+            "kl_nats": math.fsum(sums.kl for sums in windows) / tokens,
+            "kl_stderr": stderr([sums.kl for sums in windows]),
+            "kl_percentiles": dict(zip(PERCENTILES, quantiles.tolist(), strict=True)),
+            "top1_agreement": sum(sums.agreed for sums in windows) / tokens,
+            "top1_stderr": stderr([float(sums.agreed) for sums in windows]),
+            "flips": {name: sum(getattr(sums, name) for sums in windows) / tokens for name in ("lost", "gained")},
+        }
 
 
 def chunks(seqlen: int, vocab: int, budget_bytes: int) -> tuple[Int64[Tensor, " positions"], ...]:
@@ -161,19 +241,6 @@ def chunks(seqlen: int, vocab: int, budget_bytes: int) -> tuple[Int64[Tensor, " 
     """
     size = max(1, budget_bytes // (LOGIT_COPIES * torch.float32.itemsize * vocab))
     return torch.arange(seqlen - 1).split(size)
-
-
-def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of ``sum(sums) / sum(counts)`` over windows (ratio estimator).
-
-    With ``n`` windows of equal counts this is the standard deviation of the window means over ``sqrt(n)``.
-    """
-    n, total = len(sums), sum(counts)
-    if n < 2:
-        return None
-    mean = math.fsum(sums) / total
-    squares = math.fsum((s - c * mean) ** 2 for s, c in zip(sums, counts, strict=True))
-    return math.sqrt(n / (n - 1) * squares) / total
 
 
 def _finite_sum(values: Float[Tensor, " tokens"], whose: str, window: int) -> float:

@@ -9,12 +9,15 @@ from mezzotint.formats.folder import OutputFolder, write_json
 from mezzotint.pipeline import run
 from mezzotint.pipeline.allocate import Allocated, allocated
 from mezzotint.pipeline.calibrate import calibration_windows
+from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.command import command_of
+from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.evaluate import compare
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.run import Listener, Progress
-from mezzotint.pipeline.source import open_original
+from mezzotint.pipeline.source import local_folder, open_original
 
 
 def plan(request: Request, listener: Listener | None = None) -> tuple[Planned, Allocated | None]:
@@ -63,9 +66,12 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
         evidence["kept"] = kept
         report = {**reports[kept], "out": str(out), "allocation": evidence}
         report["recipe"] = {**report["recipe"], "allocation": request.recipe.allocation}
+        calibration = report["plan"]["calibration"]
+        report["command"] = command_of(request, calibration and CalibrationPlan(**calibration), folder.path.name)
         write_json(
             folder.partial / kept / REPORT_NAME, {name: value for name, value in report.items() if name != "out"}
         )
+        write_card(folder.partial / kept, local_folder(request.model))
     except BaseException:
         shutil.rmtree(folder.partial, ignore_errors=True)
         raise

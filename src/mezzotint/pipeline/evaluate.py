@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mezzotint.calibration import Windows, check_vocabulary, consecutive_windows, load_tokenizer, read_text
+from mezzotint.calibration.hub import EVALUATED
 from mezzotint.errors import CalibrationError, NonFiniteError, WriteError
 from mezzotint.evaluation import Divergence, Evaluation, chunks
 from mezzotint.models import Source, dematerialize, materialize
@@ -65,12 +66,18 @@ def evaluate(
     if seqlen is not None and seqlen > longest:
         raise CalibrationError(f"--seqlen is {seqlen}, but the model takes at most {longest} positions.")
     chosen = consecutive_windows(
-        read_text(text), tokenizer, seqlen=seqlen or min(DEFAULT_SEQLEN, longest), windows=windows, source=text
+        read_text(text, tokenizer, split=EVALUATED.get(text, "test")),
+        tokenizer,
+        seqlen=seqlen or min(DEFAULT_SEQLEN, longest),
+        windows=windows,
+        source=text,
     )
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
-        return _compare(
+        divergence = _compare(
             sources, chosen, Path(scratch), stack, device=device, memory=memory, cache=cache, progress=progress
         )
+    # the name of a file, not the place where it lay
+    return divergence.result(chosen.seqlen, text=Path(text).name, digest=_digest(chosen)[:16])
 
 
 def compare(
@@ -89,7 +96,7 @@ def compare(
     """
     sources = [open_source(folder, trust_remote_code=trust) for folder in (model, against)]
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
-        return _compare(
+        divergence = _compare(
             sources,
             windows,
             Path(scratch),
@@ -99,6 +106,7 @@ def compare(
             cache=cache,
             progress=lambda *_: None,
         )
+    return divergence.result(windows.seqlen, text=windows.source, digest=_digest(windows)[:16])
 
 
 def _compare(
@@ -111,7 +119,7 @@ def _compare(
     memory: int | None,
     cache: Path | None,
     progress: Callable[[int, int], None],
-) -> Evaluation:
+) -> Divergence:
     batches = list(batches_of(windows, held_out=True))
     budget = Budget(None if memory is None else memory // 2)
     total = sum(len(source.map.blocks) for source in sources) + len(batches)
@@ -152,13 +160,19 @@ def _compare(
         step()
     for store in finals:
         store.close()
-    return divergence.result(seqlen=windows.tokens.shape[1])
+    return divergence
+
+
+def _digest(windows: Windows) -> str:
+    """Of the tokens and their windows."""
+    digest = hashlib.sha256(windows.tokens.numpy().tobytes())
+    digest.update(str(tuple(windows.tokens.shape)).encode())
+    return digest.hexdigest()
 
 
 def _fingerprint(source: Source, windows: Windows) -> str:
     """Of a model's files and of the tokens it runs on."""
-    digest = hashlib.sha256(windows.tokens.numpy().tobytes())
-    digest.update(str(tuple(windows.tokens.shape)).encode())
+    digest = hashlib.sha256(_digest(windows).encode())
     for path in sorted(path for path in source.folder.iterdir() if path.suffix in (".json", ".safetensors", ".gguf")):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())

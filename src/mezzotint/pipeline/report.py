@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from mezzotint.errors import ModelError
+from mezzotint.pipeline.command import command_of
 from mezzotint.pipeline.plan import Planned
 from mezzotint.pipeline.solve import MatrixRecord
 from mezzotint.pipeline.sweep import BlockRecord, as_json
@@ -66,11 +67,24 @@ def full_report(
     records: Sequence[MatrixRecord | BlockRecord],
     *,
     output_bytes: int,
+    out: str,
+    original_bytes: int,
     seconds: float,
     cpu_seconds: float,
     times: dict[str, float],
 ) -> dict[str, Any]:
-    """The report of a finished run."""
+    """The report of a finished run.
+
+    Args:
+        planned: what was asked for and decided.
+        records: of matrices and blocks, as they came.
+        output_bytes: of all tensors, as they were written.
+        out: name of the output folder.
+        original_bytes: of all tensors of the original.
+        seconds: from start to end.
+        cpu_seconds: of processor, all threads.
+        times: seconds of each stage.
+    """
     request = planned.request
     linears = [as_json(r) for r in records if isinstance(r, MatrixRecord)]
     blocks = [as_json(r) for r in records if isinstance(r, BlockRecord)]
@@ -83,8 +97,9 @@ def full_report(
         },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": request.device},
         "precision": planned.precision,
-        "model": request.model.name,
+        "model": request.model_name,
         "recipe": request.recipe.model_dump(mode="json"),
+        "command": command_of(request, planned.calibration, out),
         "seed": request.seed,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -92,6 +107,7 @@ def full_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "promised_peak_memory_bytes": planned.plan.peak_memory_bytes,
         "output_bytes": output_bytes,
+        "original_bytes": original_bytes,
         "plan": plan_json(planned),
         "bits_per_weight": planned.bits_per_weight,
         "bits_per_weight_without_side_data": planned.bits_per_weight_without_side_data,

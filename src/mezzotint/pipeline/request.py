@@ -88,6 +88,11 @@ class Request:
     memory: int | None = None
     trust_remote_code: bool = False
 
+    @property
+    def model_name(self) -> str:
+        """Of the original: ``OWNER/NAME`` on the hub, or its folder, without the place where that lies."""
+        return self.model.absolute().name if self.model.exists() else self.model.as_posix()
+
     def __post_init__(self) -> None:
         if self.engine is not None and self.engine not in ENGINES:
             raise ConfigError(unknown("engine", self.engine, ENGINES))

@@ -12,6 +12,7 @@ from mezzotint.errors import RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source
 from mezzotint.pipeline.calibrate import calibrated_streams
+from mezzotint.pipeline.card import write_card
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
@@ -101,11 +102,14 @@ def _work(
         planned,
         records,
         output_bytes=output_bytes,
+        out=folder.path.name,
+        original_bytes=sum(tensor.nbytes for tensor in source.checkpoint.tensors.values()),
         seconds=marks[-1] - started,
         cpu_seconds=cpu_seconds() - cpu_started,
         times=times,
     )
     write_json(folder.partial / REPORT_NAME, report)
+    write_card(folder.partial, source.folder)
     return report
 
 

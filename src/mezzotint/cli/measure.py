@@ -1,0 +1,220 @@
+"""Commands that look at models: evaluate, inspect, compare."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mezzotint.cli import tables
+from mezzotint.cli.app import app, errors, finish
+from mezzotint.cli.options import Asked, Device, Json, Memory, Model, Trust, asks
+from mezzotint.errors import ConfigError
+from mezzotint.pipeline.request import parse_bytes, resolve_device
+
+if TYPE_CHECKING:
+    from mezzotint.evaluation import Evaluation
+    from mezzotint.evaluation.tasks import TaskScore
+
+Html = Annotated[Path | None, typer.Option("--html", help="Write a page that stands by itself, for any browser.")]
+Against = Annotated[Path | None, typer.Option("--against", help="The original, to compare with.")]
+
+
+TextOption = Annotated[str | None, typer.Option("--text", help="A file, or wikitext2, ptb, c4 by name.")]
+WindowTokens = Annotated[int | None, typer.Option("--seqlen", help="Tokens per window (2048 if the model takes it).")]
+WindowCount = Annotated[int | None, typer.Option("--windows", help="Use the first so many windows.")]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Folder that keeps the original's states for the next comparison.")
+]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, e.g. arc_easy,piqa (extra 'eval').")]
+TaskPath = Annotated[
+    list[Path] | None, typer.Option("--task-path", help="Folder with further task files, for local data.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="Use the first so many items of each task.")]
+Shots = Annotated[int | None, typer.Option("--shots", help="Solved examples before each item.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Items of a task that run together.")]
+Keep = Annotated[
+    bool, typer.Option("--keep-results", help="Keep what was measured in the folder, for its card and comparisons.")
+]
+
+
+@app.command()
+def evaluate(
+    *,
+    model: Model,
+    text: TextOption = None,
+    against: Against = None,
+    seqlen: WindowTokens = None,
+    windows: WindowCount = None,
+    cache: Cache = None,
+    tasks: Tasks = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    batch_size: BatchSize = 8,
+    keep_results: Keep = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text and tasks, and how far they are from the original's (KL in nats per token)."""
+
+    def work() -> dict[str, Any]:
+        from mezzotint.pipeline import evaluate as texts
+        from mezzotint.pipeline.tasks import evaluate_tasks
+
+        if text is None and tasks is None:
+            raise ConfigError("nothing to measure. Give --text FILE, --tasks NAMES, or both.")
+        _idle("--text", text, {"--seqlen": seqlen, "--windows": windows, "--cache": cache})
+        _idle("--tasks", tasks, {"--task-path": task_path or None, "--limit": limit, "--shots": shots})
+        if keep_results and not model.is_dir():
+            raise ConfigError(f"--keep-results writes into {str(model)!r}, which is no folder. Leave it out.")
+        common: dict[str, Any] = {
+            "against": against,
+            "device": resolve_device(device),
+            "memory": None if memory is None else parse_bytes(memory),
+            "trust_remote_code": trust_remote_code,
+        }
+        result, scores = None, None
+        if text is not None:
+            with tables.bar(errors, "evaluating") as progress:
+                result = texts.evaluate(
+                    model, text, seqlen=seqlen, windows=windows, cache=cache, progress=progress, **common
+                )
+        if tasks is not None:
+            scores = evaluate_tasks(
+                model, [name.strip() for name in tasks.split(",") if name.strip()], task_path=task_path or (),
+                limit=limit, shots=shots, batch_size=batch_size, show_progress=errors.is_terminal, **common,
+            )  # fmt: skip
+        return _told(model, result, scores, against and against.name, keep=keep_results, as_json=as_json)
+
+    finish(work, as_json)
+
+
+@app.command()
+@asks
+def inspect(
+    *,
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that mezzotint made; with --drift, an original.", show_default=False)
+    ],
+    html: Html = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="With --html: let the model, and the one of --against, go on from it."),
+    ] = None,
+    against: Against = None,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Quantize the first blocks only and follow their error to the last one.")
+    ] = False,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", help="With --drift: to compare; give several.")
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", help="With --drift: how many to quantize.")] = 10,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="With --drift: a .png or .svg with one line a recipe.")
+    ] = None,
+    asked: Asked,
+    as_json: Json = False,
+) -> None:
+    """Show what was done to a quantized folder: bits, sizes, errors; with --drift, how errors travel in a model."""
+
+    def work() -> dict[str, Any]:
+        if not drift:
+            return _inspected(folder, html, prompt, against, device=asked.device, as_json=as_json)
+        from mezzotint.cli.plots import check_plot, plot_drift
+        from mezzotint.pipeline.drift import measure_drift
+
+        check_plot(plot)
+        requests = [asked.request(folder, name, "dense") for name in recipe or ("rtn", "qep-rtn")]
+        with tables.bar(errors, "following the streams") as progress:
+            found = measure_drift(requests, blocks, progress)
+        if plot is not None:
+            plot_drift(found, plot)
+        if not as_json:
+            tables.show_drift(found, Console())
+        return {"drift": [asdict(one) for one in found], "plot": None if plot is None else str(plot)}
+
+    finish(work, as_json)
+
+
+@app.command()
+def compare(
+    *,
+    folders: Annotated[list[Path], typer.Argument(help="Two or more folders that mezzotint made.", show_default=False)],
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Quantized folders beside each other; differences of what `evaluate --keep-results` kept, with their intervals."""
+
+    def work() -> dict[str, Any]:
+        from mezzotint.cli.page import check_page, comparison, write_page
+        from mezzotint.pipeline.compare import compare as run
+
+        check_page(html)
+        found, pairs = run(folders)
+        if html is not None:
+            write_page(html, comparison(found, pairs))
+        if not as_json:
+            tables.show_comparison(found, pairs, Console())
+        return {"folders": [one.figures() for one in found], "differences": [pair.figures() for pair in pairs]}
+
+    finish(work, as_json)
+
+
+def _told(
+    model: Path,
+    text: "Evaluation | None",
+    tasks: "dict[str, TaskScore] | None",
+    against: str | None,
+    *,
+    keep: bool,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Keep and show what was measured; gives it for JSON."""
+    if keep:
+        from mezzotint.pipeline import card, results
+
+        results.keep_results(model, text=text, tasks=tasks, against=against)
+        card.update_card(model)
+    if not as_json:
+        tables.show_evaluation(text, tasks, Console())
+    found = {} if text is None else text.figures()
+    return found if tasks is None else {**found, "tasks": {name: score.figures() for name, score in tasks.items()}}
+
+
+def _idle(option: str, value: object | None, others: dict[str, object | None]) -> None:
+    """Refuse what depends on an option that is not given.
+
+    Raises:
+        ConfigError: names one of them.
+    """
+    for name, given in others.items():
+        if value is None and given is not None:
+            raise ConfigError(f"{name} does nothing without {option}. Give both, or leave it out.")
+
+
+def _inspected(
+    folder: Path, html: Path | None, prompt: str | None, against: Path | None, *, device: str, as_json: bool
+) -> dict[str, Any]:
+    from mezzotint.cli.page import check_page, single, write_page
+    from mezzotint.pipeline.report import read_report
+
+    check_page(html)
+    _idle("--html", html, {"--prompt": prompt})
+    report = read_report(folder)
+    if html is not None:
+        from mezzotint.pipeline.results import read_results
+        from mezzotint.pipeline.samples import Sample, write_samples
+
+        written: Sequence[Sample] = ()
+        if prompt is not None:
+            models = [folder] if against is None else [against, folder]
+            written = write_samples(models, prompt, device=resolve_device(device))
+        write_page(html, single(folder.absolute().name, report, read_results(folder), prompt, written))
+    if not as_json:
+        tables.show_report(report, Console())
+    return report

@@ -1,0 +1,210 @@
+"""The model card: README.md of an output folder, as the hub shows it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mezzotint.errors import WriteError
+from mezzotint.pipeline.command import recipe_yaml
+from mezzotint.pipeline.report import read_report
+from mezzotint.pipeline.results import read_results
+
+CARD_NAME = "README.md"
+_START, _END = "<!-- measured -->", "<!-- /measured -->"
+_MEASURED = re.compile(f"(?<={_START}\n).*?(?={_END})", re.DOTALL)
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_LEGAL = ("license", "license_name", "license_link", "language")  # what a derived model passes on
+
+_TRANSFORMERS = """In transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+_PACKED = _TRANSFORMERS.replace("In transformers:", "In transformers, with `compressed-tensors` 0.18 or later:")
+_VLLM = """In vLLM{note}:
+
+```
+vllm serve FOLDER
+```
+"""
+_NATIVE = """In transformers, with `mezzotint` installed; weights stay packed in memory:
+
+```python
+import mezzotint
+from transformers import AutoTokenizer
+
+model = mezzotint.load("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+For engines that do not know the format, quantize again with `--for dense`, or with a recipe whose grid is uniform.
+"""
+_GGUF = """In llama.cpp:
+
+```
+llama-server -m FOLDER/model.gguf
+```
+"""
+_LOADING = {
+    "gguf": (_GGUF,),
+    "compressed-tensors": (_PACKED, _VLLM.format(note=" (widths other than 4 and 8 bits need kernels of some GPUs)")),
+    "mezzotint": (_NATIVE,),
+    "dense": (_TRANSFORMERS, _VLLM.format(note="")),
+}
+
+
+def write_card(folder: Path, original: Path) -> None:
+    """Write the card of a finished folder from its report.
+
+    Args:
+        folder: has ``mezzotint.json``.
+        original: whose own card says under which licence it is.
+    """
+    report = read_report(folder)
+    (folder / CARD_NAME).write_text(card_of(report, read_results(folder), _front_matter(original)), encoding="utf-8")
+
+
+def update_card(folder: Path) -> None:
+    """Bring what was measured up to date in a card that `write_card` wrote; any other stays as it is.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    changed = _MEASURED.sub(lambda _: _measured(read_results(folder)), text)
+    if changed == text:
+        return
+    try:
+        path.write_text(changed, encoding="utf-8")
+    except OSError as error:
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Evaluate without --keep-results.") from error
+
+
+def card_of(report: Mapping[str, Any], results: Mapping[str, Any], original: Mapping[str, Any]) -> str:
+    """The whole card.
+
+    Args:
+        report: ``mezzotint.json``.
+        results: what `read_results` gives.
+        original: front matter of the original's card; empty if it has none.
+    """
+    model, form = report["model"], report["plan"]["format"]
+    bits = report["bits_per_weight"]
+    front = {
+        "base_model": model,
+        "base_model_relation": "quantized",
+        "library_name": form if form in ("mezzotint", "gguf") else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mezzotint", "quantized", form],
+        **{name: original[name] for name in _LEGAL if name in original},
+    }
+    made = f"recipe `{report['recipe']['name']}`"
+    if report["recipe"].get("paper"):
+        made += f" ({report['recipe']['paper']})"
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {model} at {bits:.2f} bits per weight\n",
+        f"Quantized with Mezzotint {report['mezzotint']}, {made}.\n",
+        _sizes(report),
+        "## Measured\n",
+        f"{_START}\n{_measured(results)}{_END}\n",
+        "## Load it\n",
+        loading(form),
+        "## How it was made\n",
+        _recipe(report),
+    ]
+    return "\n".join(sections)
+
+
+def loading(form: str, folder: str = "FOLDER") -> str:
+    """How to load a folder of a format, in each engine that can."""
+    return "\n".join(part.replace("FOLDER", folder) for part in _LOADING[form])
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    linears, weights = report["plan"]["linears"], 0
+    for linear in linears:
+        weights += linear["shape"][0] * linear["shape"][1]
+    without = report["bits_per_weight_without_side_data"]
+    rows = [
+        ("weights quantized", f"{weights / 1e6:,.1f} million in {len(linears)} matrices"),
+        ("bits per weight", f"{report['bits_per_weight']:.3f} ({without:.3f} without scales and the like)"),
+        ("size", f"{report['output_bytes'] / 1e6:,.1f} MB, before {report['original_bytes'] / 1e6:,.1f} MB"),
+    ]
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+def _measured(results: Mapping[str, Any]) -> str:
+    """Tables of what was kept, with what one number of them can bear."""
+    parts = []
+    if results["texts"]:
+        lines = ["| text | windows | perplexity | of the original | KL, nats/token |", "|---|---|---|---|---|"]
+        for name, text in results["texts"].items():
+            before = "" if text["reference_perplexity"] is None else f"{text['reference_perplexity']:.3f}"
+            loss = "" if text["kl_nats"] is None else plus_minus(text["kl_nats"], text["kl_stderr"])
+            own = plus_minus(text["perplexity"], text["perplexity_stderr"], 3)
+            lines.append(f"| {name} | {text['windows']} x {text['seqlen']} | {own} | {before} | {loss} |")
+        parts.append("\n".join(lines) + "\n")
+    if results["tasks"]:
+        lines = ["| task | metric | value | of the original | difference |", "|---|---|---|---|---|"]
+        for name, task in results["tasks"].items():
+            before = "" if task["reference"] is None else plus_minus(task["reference"], task["reference_stderr"])
+            change = "" if task["difference"] is None else interval(task["difference"])
+            own = plus_minus(task["value"], task["stderr"])
+            lines.append(f"| {name} | {task['metric']} | {own} | {before} | {change} |")
+        parts.append("\n".join(lines) + "\n\nDifferences are over the same items, with 95 % intervals.\n")
+    return (
+        "\n".join(parts) or "Nothing yet: `mezzotint evaluate FOLDER --against ORIGINAL --text FILE --keep-results`.\n"
+    )
+
+
+def plus_minus(value: float, stderr: float | None, digits: int = 4) -> str:
+    """A value with its standard error."""
+    return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def interval(difference: Mapping[str, float]) -> str:
+    """A difference with its confidence interval."""
+    return f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+
+
+def _recipe(report: Mapping[str, Any]) -> str:
+    calibration = report["plan"]["calibration"]
+    text = "no calibration"
+    if calibration is not None:
+        source = "text sampled from the model itself"
+        if calibration["source"] != "self":
+            source = f"`{Path(calibration['source']).name}`"
+        text = f"calibrated on {calibration['samples']} windows of {calibration['seqlen']} tokens of {source}"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    kept = len(report["plan"]["kept"])
+    return (
+        f"```\n{report['command']}\n```\n\n{text[0].upper()}{text[1:]}; seed {report['seed']}; {versions}; "
+        f"{report['seconds']:.0f} s. {kept} tensors kept as they were. Everything that was decided and measured is in "
+        f"`mezzotint.json`. The recipe:\n\n```yaml\n{recipe_yaml(report['recipe'])}```\n"
+    )
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """Of the card in a folder."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return {}
+    found = _FRONT.match(path.read_text(encoding="utf-8", errors="replace"))
+    if found is None:
+        return {}
+    try:
+        values = yaml.safe_load(found[1])
+    except yaml.YAMLError:  # of somebody else's making; the card works without it
+        return {}
+    return values if isinstance(values, dict) else {}
