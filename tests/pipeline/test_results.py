@@ -165,6 +165,21 @@ def test_the_command_plans_the_same(recipe: str, options: dict[str, Any], monkey
     assert f'"fingerprint": "{planned.plan.fingerprint}"' in result.stdout
 
 
+def test_an_allocated_folder_says_what_was_asked_for(tmp_path: Path) -> None:
+    """Its matrices' bits are a result: the command and the recipe hold the budget."""
+    from mezzotint.cli.page import single
+
+    out = tmp_path / "small"
+    report = quantized(TINY_LLAMA, out, "gptq", engine="mezzotint", settings={"allocation.kind": "knapsack"}, bits=3.5)
+    assert report["command"].startswith("mezzotint quantize tiny_llama --out small --recipe gptq ")
+    assert {"--set allocation.kind=knapsack", "--bits 3.5"} <= set(re.findall(r"--\S+ \S+", report["command"]))
+    assert "matrices" not in yaml.safe_load(recipe_yaml(report["recipe"]))
+    assert report["command"] in (out / "README.md").read_text(encoding="utf-8")
+    page = single("small", read_report(out), read_results(out), None, ())
+    assert "<h2>Size against loss</h2>" in page
+    assert f"{report['allocation']['kept']} was kept" in page
+
+
 def test_a_recipe_file_that_says_the_same(tmp_path: Path) -> None:
     recipe = Recipe(
         name="mine",
