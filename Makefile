@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt $(wildcard src/mezzotint/kernels/cpp/*)
 LIMIT := $(shell command -v timeout >/dev/null && echo timeout --kill-after=30 300)
 JOBS ?= 2
 
-.PHONY: venv demo test test-slow test-engines test-gpu check bench clean
+.PHONY: venv demo docs test test-slow test-engines test-gpu check bench clean
 
 venv: $(STAMP)
 
@@ -44,6 +44,10 @@ test-slow: venv
 
 test-engines: venv
 	$(BIN)/python -m pytest -q -m "engine"
+
+docs: venv
+	@$(PIP) --no-build-isolation --editable '.[docs]'
+	$(BIN)/python -m mkdocs build
 
 test-gpu: venv
 	$(BIN)/python -m pytest -q -m "gpu"

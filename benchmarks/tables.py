@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables``: write the README's tables from the committed results."""
+"""``python -m benchmarks.tables``: write the tables of the README and the documentation from the committed results."""
 
 import json
 import re
@@ -8,6 +8,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+CHOOSE = HERE.parent / "docs" / "choose.md"
+BASES = HERE.parent / "docs" / "bases.md"
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -28,8 +30,7 @@ def quality() -> list[str]:
     original = rows[0]["evaluate"]["reference_perplexity"]
     heading = (
         f"SmolLM2-135M-Instruct (perplexity {original:.1f} before), groups of 64, calibrated on 32 x 512 tokens of "
-        "Wikipedia,\nmeasured on 16 x 1024 tokens of the WikiText-2 test set (`python -m benchmarks quality`, "
-        "`propagation`):"
+        "Wikipedia,\nmeasured on 16 x 1024 tokens of the WikiText-2 test set (`python -m benchmarks quality`):"
     )
     return [heading, "", *lines]
 
@@ -117,18 +118,38 @@ def bases_short() -> list[str]:
     return ["SmolLM2-135M-Instruct, protocol *short*, per channel (`python -m benchmarks basis_short`):", "", *lines]
 
 
-def replace(page: Path, *parts: list[str]) -> None:
-    """Write parts, with an empty line between them, between the markers of a page."""
-    text = page.read_text(encoding="utf-8")
-    body = "\n".join(line for part in parts for line in ("", *part)) + "\n"
+def corrections() -> list[str]:
+    """Methods of correction with everything else held fixed, on two texts; nothing while it has not been run."""
+    rows = rows_of("ablation")
+    if not rows:
+        return []
+    texts = list(rows[0]["evaluate"])
+    heads = " | ".join(f"KL, {text}" for text in texts)
+    lines = [f"| bits | scales | recipe | stored | {heads} |", "|---" * (4 + len(texts)) + "|"]
+    for r in rows:
+        row = r["settings"]["row"]
+        size = next(s.split("=")[1] for s in row["set"] if s.startswith("grid.group_size="))
+        scales = "a row" if size == "null" else f"groups of {size}"
+        losses = " | ".join(f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f}" for e in r["evaluate"].values())
+        stored = r["quantize"]["bits_per_weight"]
+        lines.append(f"| {row['bits']} | {scales} | {row['name']} | {stored:.2f} | {losses} |")
+    heading = "Corrections with everything else held fixed, calibrated on Wikipedia (`python -m benchmarks ablation`):"
+    return [heading, "", *lines]
+
+
+def fill(path: Path, *tables: list[str]) -> None:
+    """Replace what stands between the markers of a file."""
+    body = "\n".join(["", *(line for table in tables if table for line in (*table, ""))])
+    text = path.read_text(encoding="utf-8")
     changed = re.sub(r"(?<=<!-- results -->).*?(?=<!-- /results -->)", lambda _: body, text, flags=re.DOTALL)
-    page.write_text(changed, encoding="utf-8")
+    path.write_text(changed, encoding="utf-8")
 
 
 def main() -> None:
-    """Replace what stands between the markers of README and docs."""
-    replace(README, quality(), trellises(), generation(), costs())
-    replace(HERE.parent / "docs" / "bases.md", bases(), bases_short())
+    """Write all tables."""
+    fill(README, quality(), trellises(), generation(), costs())
+    fill(BASES, bases(), bases_short())
+    fill(CHOOSE, quality(), corrections(), trellises(), generation(), costs())
 
 
 if __name__ == "__main__":

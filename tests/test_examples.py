@@ -1,0 +1,95 @@
+"""The examples, run as they stand on the trained tiny model."""
+
+import json
+import os
+import runpy
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mezzotint.registry import ROUNDINGS
+from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run an example with arguments; gives what it printed."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+    def run(name: str, *arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_quantize_in_python(example: Any, tmp_path: Path) -> None:
+    printed = example("quantize_in_python.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    assert "21 matrices, 4.16 bits a weight, format compressed-tensors" in printed
+    assert "nats per token" in printed
+    assert printed.splitlines()[-1].startswith("The wheel")
+
+
+def test_own_recipe(example: Any, tmp_path: Path) -> None:
+    printed = example("own_recipe.py", TINY_LLAMA, TEXT, tmp_path / "out")
+    assert printed.count("8 bits, because of rule 'model.layers.0.*'") == 6
+    assert printed.count("4 bits, because of rule '*.mlp.down_proj'") == 3
+    assert "from Python: 3." in printed
+
+
+def test_new_rounding(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ROUNDINGS, "_entries", dict(ROUNDINGS._entries))
+    printed = example("new_rounding.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    losses = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines()}
+    assert max(losses["gptq"], losses["cyclic"]) < losses["nearest"]
+
+
+def test_own_data(example: Any, tmp_path: Path) -> None:
+    text = TEXT.read_text(encoding="utf-8") + HELD_OUT.read_text(encoding="utf-8")
+    pieces = [text[start : start + 400] for start in range(0, len(text), 400)]
+    records = tmp_path / "records.jsonl"
+    records.write_text("\n".join(json.dumps({"text": piece}) for piece in pieces), encoding="utf-8")
+    printed = example("own_data.py", TINY_LLAMA, records, tmp_path / "out")
+    halves = [
+        set((tmp_path / "out" / name).read_text().splitlines()) for name in ("calibration.jsonl", "evaluation.jsonl")
+    ]
+    assert halves[0].isdisjoint(halves[1])
+    assert "KL, nats/token, gptq minus rtn: -" in printed
+    assert "more than chance" in printed
+
+
+SERVER = """#!{python}
+import http.server, json, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def answer(self, value):
+        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(value).encode())
+    def do_GET(self):
+        self.answer({{"data": []}})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer({{"choices": [{{"text": f" {{asked['max_tokens']}} words of {{sys.argv[1:3]}}"}}]}})
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "model", "said"), [("vllm", "folder", "['serve', "), ("llama-server", "model.gguf", "['--model', ")]
+)
+def test_serve(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, model: str, said: str
+) -> None:
+    """The example's own part: a stand-in answers on the port as these servers do."""
+    server = tmp_path / program
+    server.write_text(SERVER.format(python=sys.executable), encoding="utf-8")
+    server.chmod(server.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    printed = example("serve.py", tmp_path / model, "Count")
+    assert f"Count 32 words of {said}" in printed
