@@ -137,6 +137,30 @@ def corrections() -> list[str]:
     return [heading, "", *lines]
 
 
+def gguf_files() -> list[str]:
+    """Our GGUF files against those of llama.cpp's quantizer, at equal size."""
+    lines = ["| model | size of | bytes | quantizer | KL, nats/token | perplexity |", "|---|---|---|---|---|---|"]
+    for r in rows_of("gguf"):
+        loss = f"{r['kl_nats']:.4f} ± {r['kl_stderr']:.4f} | {r['perplexity']:.2f}"
+        lines.append(f"| {r['model']} | {r['file']} | {r['file_bytes']:,} | {r['quantizer']} | {loss} |")
+    return [
+        "The types of all tensors are those of llama.cpp's file of that name, made with an importance matrix from the",
+        "same calibration windows; llama.cpp runs every file, on held-out text (`python -m benchmarks.gguf`):",
+        "",
+        *lines,
+    ]
+
+
+def gguf_matrices() -> list[str]:
+    """The same of random matrices."""
+    path = HERE / "results" / "gguf_matrices.json"
+    names = ("ggml, importance matrix", "mezzotint nearest", "mezzotint gptq")
+    lines = [f"| type | bits | {' | '.join(names)} |", "|---|---|---|---|---|"]
+    for r in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        lines.append(f"| {r['type']} | {r['bits']} | {' | '.join(f'{r[name]:.3g}' for name in names)} |")
+    return ["h_error of random matrices, 4096 wide (`python -m benchmarks.gguf_matrices`):", "", *lines]
+
+
 def fill(path: Path, *tables: list[str]) -> None:
     """Replace what stands between the markers of a file."""
     body = "\n".join(["", *(line for table in tables if table for line in (*table, ""))])
@@ -149,6 +173,7 @@ def main() -> None:
     """Write all tables."""
     fill(README, quality(), trellises(), generation(), costs())
     fill(BASES, bases(), bases_short())
+    fill(HERE.parent / "docs" / "gguf.md", gguf_files(), gguf_matrices())
     fill(CHOOSE, quality(), corrections(), trellises(), generation(), costs())
 
 
