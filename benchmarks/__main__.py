@@ -50,6 +50,18 @@ def call(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def call_here(arguments: list[str]) -> dict[str, Any]:
+    """The same without a process of its own: peak memory is not the row's."""
+    from typer.testing import CliRunner
+
+    from mezzotint.cli.app import app
+
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    if done.exit_code != 0:
+        raise SystemExit(f"mezzotint {' '.join(arguments)} ended with {done.exit_code}:\n{done.output[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def quantize_arguments(row: dict[str, Any], suite: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
     """The arguments of ``mezzotint quantize`` for a row, without model and output."""
     arguments = ["--recipe", row["recipe"], "--bits", str(row["bits"]), "--calibration", protocol["calibration"]]
@@ -68,12 +80,15 @@ def run_row(
 ) -> dict[str, Any]:
     """One row: quantize (several times if asked), evaluate on every text; ``cache`` keeps the original's states."""
     arguments = quantize_arguments(row, suite, protocol)
+    shared = suite.get("one_process", False)
+    run = call_here if shared else call
+    kept = [key for key in (*KEPT, *suite.get("keep", ())) if not (shared and key == "peak_rss_bytes")]
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(row.get("repeat", 1)):
             out = Path(scratch) / str(repeat)
-            report = call(["quantize", str(model), "--out", str(out), *arguments])
-            runs.append({key: report[key] for key in KEPT} | {"times": report["times"]})
+            report = run(["quantize", str(model), "--out", str(out), *arguments])
+            runs.append({key: report[key] for key in kept} | {"times": report["times"]})
             if "allocation" in report:
                 found = report["allocation"]
                 runs[-1]["allocation"] = {key: found[key] for key in ("chosen", "uniform", "gap", "kept")}
@@ -83,11 +98,10 @@ def run_row(
         sizes = ["--seqlen", str(protocol["eval_seqlen"]), "--windows", str(protocol["eval_windows"])]
         compared = [*sizes, "--against", str(model), "--cache", str(cache)]
         if "text" in protocol:
-            result["evaluate"] = call(["evaluate", str(out), "--text", protocol["text"], *compared])
+            result["evaluate"] = run(["evaluate", str(out), "--text", protocol["text"], *compared])
         else:
             result["evaluate"] = {
-                name: call(["evaluate", str(out), "--text", text, *compared])
-                for name, text in protocol["texts"].items()
+                name: run(["evaluate", str(out), "--text", text, *compared]) for name, text in protocol["texts"].items()
             }
     return result
 

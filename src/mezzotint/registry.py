@@ -82,6 +82,8 @@ ROUNDINGS = Registry(
 )
 ALLOCATIONS = Registry("allocation", {"knapsack": "mezzotint.allocation.knapsack:Knapsack"})
 REFINEMENTS = Registry("refinement", {"descent": "mezzotint.rounding.refine:Descent"})
+SUBMODULES = Registry("submodules", {"lpcd": "mezzotint.submodules.lpcd:Lpcd"})
+COMPENSATIONS = Registry("compensation", {"lora": "mezzotint.submodules.lora:Lora"})
 FORMATS = Registry(
     "format",
     {

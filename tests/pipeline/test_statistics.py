@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
 from mezzotint.models import Source, open_model
 from mezzotint.pipeline import streams
 from mezzotint.pipeline.recipe import Recipe, Rule
-from mezzotint.pipeline.solve import Solver, least_tokens
+from mezzotint.pipeline.solve import Solved, Solver, least_tokens
 from pipeline.runs import TEXT, TINY_LLAMA, assert_same_tensors, quantized, request_of, stock, tiny, windows_of
 from pipeline.twins import assert_sum, quantized_twin, routes, run
 
@@ -25,7 +24,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Found:
     found: Found = {}
     solve = Solver.solve
 
-    def spy(self: Solver, weights: Any, fit: Statistics, held_out: Statistics, *, place: int) -> list[Tensor]:
+    def spy(self: Solver, weights: Any, fit: Statistics, held_out: Statistics, *, place: int) -> Iterator[Solved]:
         found.update({matrix.name: (fit, held_out) for matrix, _ in weights})
         return solve(self, weights, fit, held_out, place=place)
 

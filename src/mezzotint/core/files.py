@@ -12,6 +12,22 @@ from mezzotint.core.contracts import Bits, Grid, QuantizedWeight, Refinement, Ro
 from mezzotint.core.structure import Matrix, ModelMap
 
 
+@runtime_checkable
+class Submodules(Protocol):
+    """Settings of what optimises several linears of a block together, after each has been quantized."""
+
+    kind: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+
+@runtime_checkable
+class Compensation(Protocol):
+    """Settings of a low-rank change that is stored beside a quantized matrix."""
+
+    kind: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """What will be done to one matrix, and why."""
@@ -25,6 +41,8 @@ class Entry:
     refinement: Refinement | None
     bits: Bits
     because: str
+    submodules: Submodules | None = None
+    compensation: Compensation | None = None
 
     @property
     def basis(self) -> Transform | None:
@@ -36,7 +54,9 @@ class Entry:
         """Statistics that this entry must have."""
         transform = frozenset[str]() if self.transform is None else self.transform.needs
         refinement = frozenset[str]() if self.refinement is None else frozenset({"gram"})
-        return self.target.needs | self.rounding.needs | self.grid.needs | transform | refinement
+        beside = [stage.needs for stage in (self.submodules, self.compensation) if stage is not None]
+        own = self.target.needs | self.rounding.needs | self.grid.needs | transform | refinement
+        return own.union(*beside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,9 @@ sequence, matrices are parameters multiplied with the input of their module, and
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from mezzotint.models import norms, roles
 from mezzotint.models.binding import BoundCheckpoint
 from mezzotint.models.skeleton import dematerialize, quiet
 from mezzotint.models.trace import Product, Trace, watch
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -90,11 +93,24 @@ def _candidates(skeleton: PreTrainedModel) -> list[tuple[str, list[nn.Module]]]:
 
 
 def _watch(skeleton: PreTrainedModel, blocks: list[nn.Module]) -> Trace:
+    return run_without_data(skeleton, lambda device: watch(skeleton, blocks, device))
+
+
+def run_without_data(skeleton: PreTrainedModel, run: Callable[[str], Result]) -> Result:
+    """What ``run`` gives on the first of two devices on which the model runs without its weights.
+
+    Args:
+        skeleton: its parameters are on ``meta`` before and after.
+        run: runs the model on a device, ``meta`` or ``cpu``; parameters and buffers are there.
+
+    Raises:
+        ModelError: it runs on neither.
+    """
     failures: list[str] = []
     for device in ("meta", "cpu"):
         try:
             with quiet(), _without_data(skeleton, device):
-                return watch(skeleton, blocks, device)
+                return run(device)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             failures.append(f"on {device}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
     raise ModelError(

@@ -151,10 +151,15 @@ class _Paused(greenlet.greenlet):
     Attributes:
         stream: input of the norm that ran last: what the branch behind it will be added to.
         added: outputs that a parallel block has added to the stream since.
+        noted: calls of the modules that are to be noted, by their paths.
     """
 
     stream: Tensor | None = None
     added: Tensor | None = None
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        super().__init__(run)
+        self.noted: dict[str, Call] = {}
 
 
 class BlockRun:
@@ -168,6 +173,9 @@ class BlockRun:
         hidden: ``[windows, seqlen, width]``.
         call: the other arguments.
         keep: stay inside the block between stops; otherwise memory is freed and the next stop starts from the front.
+
+    Attributes:
+        noted: calls of the modules that `stops` was told to note, by their paths, as far as the block has run.
     """
 
     def __init__(self, block: nn.Module, hidden: Callable[[], Tensor], call: Call, *, keep: bool = True) -> None:
@@ -176,6 +184,7 @@ class BlockRun:
         self._call = call
         self._keep = keep
         self._run: _Paused | None = None
+        self.noted: Mapping[str, Call] = {}
 
     def reach(self, group: int) -> GroupInputs:
         """Run on to a group and give its inputs."""
@@ -184,9 +193,15 @@ class BlockRun:
             if not (isinstance(stop, tuple) and stop[0] == "stop"):
                 raise ModelError(f"input group {group} of the block did not run on this batch; the map is wrong.")
             if stop[1] == group:
+                assert self._run is not None
+                self.noted = self._run.noted
                 if not self._keep:
                     self._run = None
                 return stop[2]
+
+    def restart(self) -> None:
+        """Leave the block: the next stop starts from the front, with the weights as they are then."""
+        self._run = None
 
     def finish(self) -> Tensor:
         """Run to the end and give the block's output."""
@@ -220,15 +235,18 @@ def _stop(group: int, inputs: GroupInputs) -> None:
 
 
 @contextmanager
-def stops(skeleton: nn.Module, block: Block, *, parallel: bool) -> Iterator[None]:
+def stops(skeleton: nn.Module, block: Block, *, parallel: bool, noted: Sequence[str] = ()) -> Iterator[None]:
     """Make every `BlockRun` of this block stop at the inputs of its groups.
 
     Args:
         skeleton: the model that the block is part of.
         block: its groups.
         parallel: attention and MLP are added to the same stream (`ModelMap.parallel_residual`).
+        noted: paths of modules whose calls every run notes.
     """
-    handles = []
+    handles = [
+        skeleton.get_submodule(path).register_forward_pre_hook(_note_call(path), with_kwargs=True) for path in noted
+    ]
     observed: dict[nn.Module, dict[str, int]] = {}
     for norm in dict.fromkeys(group.norm for group in block.groups if group.norm is not None):
         module = skeleton.get_submodule(norm.parameter.rpartition(".")[0])
@@ -251,6 +269,15 @@ def stops(skeleton: nn.Module, block: Block, *, parallel: bool) -> Iterator[None
             handle.remove()
         for module in observed:
             set_observer(module, None)
+
+
+def _note_call(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current = _current()
+        if current is not None:
+            current.noted[path] = _split(args, kwargs)[1]
+
+    return hook
 
 
 def _note_stream(_: nn.Module, args: tuple[Any, ...]) -> None:

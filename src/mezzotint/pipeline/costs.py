@@ -18,6 +18,7 @@ BATCH_TOKENS = 4096  # that run through a block together
 _FLOAT = 4
 _BATCH_COPIES = 4  # temporaries of a block's forward, in units of its widest activations
 _FRAGMENTED = 1.4  # what the allocator holds over what is in use, measured on SmolLM2
+_SLOPE_COPIES = 12  # of a batch's activations while a member is relaxed
 _SAMPLING = 4  # a token sampled one by one costs so many of those that run side by side
 
 
@@ -69,6 +70,9 @@ def estimate(
     solved = [matrices[entry.matrix] for entry in entries if "gram" in entry.needs]
     widest = max((m.shape[1] for m in solved), default=0)
     solver = 4 * widest * widest * _FLOAT + 3 * largest
+    if any(entry.submodules is not None for entry in entries):
+        # originals, aims and values of the members of a part, and the vectors of conjugate gradients
+        solver += 2 * block_bytes + 5 * largest + _SLOPE_COPIES * BATCH_TOKENS * widest * _FLOAT
     hidden = source.config.get_text_config().hidden_size
     stream = 2 * tokens * hidden * _FLOAT
     inner = max(sum({m.shape[1] for m in block}) for block in blocks)

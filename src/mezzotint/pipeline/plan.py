@@ -15,8 +15,10 @@ from mezzotint.core.contracts import Bits, Block, Grid, Matrix, Transform
 from mezzotint.core.files import Entry, Format, Plan
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.models import Source
+from mezzotint.pipeline.adapter import check_compensation
 from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, estimate, flops_per_second
 from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
+from mezzotint.pipeline.parts import check_parts
 from mezzotint.pipeline.recipe import Recipe, Stages
 from mezzotint.pipeline.request import ENGINES, Request
 from mezzotint.registry import FORMATS
@@ -165,8 +167,12 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 refinement=stages.refinement,
                 bits=stored_bits(grid, stages.transform, matrix.shape),
                 because=because,
+                submodules=None if block is None else stages.submodules,
+                compensation=None if block is None else stages.compensation,
             )
         )
+        check_compensation(entries[-1], matrix)
+    check_parts(source, entries)
     return entries, kept
 
 
@@ -189,6 +195,11 @@ def _kept(block: Block | None, matrix: Matrix, keep: bool | None) -> str | None:
 
 def _check_stages(matrix: str, stages: Stages) -> None:
     """Refuse stages that are wrong together by mathematics."""
+    if not stages.rounding.accepts_corrected and stages.submodules is not None:
+        raise ConfigError(
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; what submodules aim at is already "
+            "corrected, and that counts twice. Use rounding.kind=gptq, or submodules.kind=none."
+        )
     if not stages.rounding.accepts_corrected and "drift" in stages.target.needs:
         raise ConfigError(
             f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target "
@@ -260,6 +271,11 @@ def _precision(source: Source, request: Request) -> str:
     return "bfloat16" if stored == {torch.bfloat16} else "float32"
 
 
+def _stages_of(entry: Entry) -> tuple[object, ...]:
+    first = (entry.target, entry.transform, entry.grid, entry.rounding, entry.refinement)
+    return (*first, entry.submodules, entry.compensation)
+
+
 def _fingerprint(
     source: Source, request: Request, entries: list[Entry], calibration: CalibrationPlan | None, precision: str
 ) -> str:
@@ -269,10 +285,7 @@ def _fingerprint(
         "torch": torch.__version__,
         "config": {name: value for name, value in source.config.to_dict().items() if name != "_name_or_path"},
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.tensors.items()},
-        "entries": [
-            [e.matrix, repr(e.target), repr(e.transform), repr(e.grid), repr(e.rounding), repr(e.refinement)]
-            for e in entries
-        ],
+        "entries": [[e.matrix, *(repr(s) for s in _stages_of(e))] for e in entries],
         "calibration": calibration and {**asdict(request.calibration), **asdict(calibration)},
         "seed": calibration and request.seed,
         "precision": calibration and precision,

@@ -1,6 +1,6 @@
 """What every choice of a grid would cost each matrix: predicted loss, stored bits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from mezzotint.grids.trellis import TrellisGrid, measured
 from mezzotint.models import Source
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.plan import Planned, stored_bits
-from mezzotint.pipeline.solve import Solver, trusted
+from mezzotint.pipeline.solve import Solved, Solver, trusted
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import Sweep
 from mezzotint.targets.weight import WeightTarget
@@ -116,8 +116,8 @@ class _Pricer(Solver):
         held_out: Statistics | None,
         *,
         place: int,
-    ) -> list[Tensor]:
-        """Price matrices with the same statistics; gives their weights back."""
+    ) -> Iterator[Solved]:
+        """Price matrices with the same statistics; gives nothing, so that their weights stay what they are."""
         used, _ = trusted(weights[0][0], fit)
         turned = self._turned(list(weights), used, held_out, place)
         for matrix, weight in weights:
@@ -141,7 +141,7 @@ class _Pricer(Solver):
                 for grid in self._choices[matrix.name]
             )
             self._done()
-        return [weight for _, weight in weights]
+        return iter(())
 
 
 def predicted(
@@ -204,7 +204,10 @@ def price(
     """
     # weights stay what they are, so both streams are the same and no drift is needed
     entries = [
-        replace(entry, target=WeightTarget(), transform=entry.basis, refinement=None) for entry in planned.plan.entries
+        replace(
+            entry, target=WeightTarget(), transform=entry.basis, refinement=None, submodules=None, compensation=None
+        )
+        for entry in planned.plan.entries
     ]
     done = 0
 

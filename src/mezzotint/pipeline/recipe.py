@@ -14,11 +14,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.core.contracts import Grid, Refinement, Rounding, Target, Transform
+from mezzotint.core.files import Compensation, Submodules
 from mezzotint.errors import ConfigError, unknown
 from mezzotint.pipeline.settings import Settings, build, with_setting
-from mezzotint.registry import ALLOCATIONS, GRIDS, REFINEMENTS, ROUNDINGS, TARGETS, TRANSFORMS, Registry
+from mezzotint.registry import (
+    ALLOCATIONS,
+    COMPENSATIONS,
+    GRIDS,
+    REFINEMENTS,
+    ROUNDINGS,
+    SUBMODULES,
+    TARGETS,
+    TRANSFORMS,
+    Registry,
+)
 
-STAGES = ("target", "transform", "grid", "rounding", "refinement", "allocation")
+STAGES = ("target", "transform", "grid", "rounding", "refinement", "submodules", "compensation", "allocation")
 
 
 class Rule(BaseModel):
@@ -66,6 +77,8 @@ class Recipe(BaseModel):
     rounding: dict[str, Any] = {"kind": "gptq"}
     refinement: dict[str, Any] = {"kind": "none"}
     allocation: dict[str, Any] = {"kind": "none"}
+    submodules: dict[str, Any] = {"kind": "none"}
+    compensation: dict[str, Any] = {"kind": "none"}
     rules: tuple[Rule, ...] = ()
     matrices: dict[str, dict[str, Any]] = {}
 
@@ -107,6 +120,8 @@ class Recipe(BaseModel):
             rounding=build("rounding", settings["rounding"], ROUNDINGS),
             refinement=_optional("refinement", settings["refinement"], REFINEMENTS),
             allocation=_optional("allocation", settings["allocation"], ALLOCATIONS),
+            submodules=_optional("submodules", settings["submodules"], SUBMODULES),
+            compensation=_optional("compensation", settings["compensation"], COMPENSATIONS),
         )
 
     def check_patterns(self, matrices: Sequence[str]) -> None:
@@ -148,6 +163,8 @@ class Stages:
     rounding: Rounding
     refinement: Refinement | None
     allocation: Knapsack | None
+    submodules: Submodules | None
+    compensation: Compensation | None
 
 
 @cache

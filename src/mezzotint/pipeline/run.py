@@ -11,6 +11,7 @@ from typing import Any
 from mezzotint.errors import RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source
+from mezzotint.pipeline.adapter import FOLDER, Adapter
 from mezzotint.pipeline.calibrate import calibrated_streams
 from mezzotint.pipeline.card import write_card
 from mezzotint.pipeline.output import Output
@@ -21,6 +22,7 @@ from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import BlockRecord, Sweep
+from mezzotint.submodules.lora import Lora
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,10 @@ def _work(
     try:
         streams = _streams(source, planned, folder.partial, tell)
         marks.append(time.perf_counter())
-        records = _sweep(source, planned, streams, output, tell)
+        adapter = _adapter(planned)
+        records = _sweep(source, planned, streams, output, tell, adapter=adapter)
+        if adapter is not None:
+            adapter.write(folder.partial / FOLDER, source.folder.name)
         output.copy_rest()
         output.close()
         write_json(folder.partial / "config.json", _config(source, planned))
@@ -125,8 +130,19 @@ def _streams(source: Source, planned: Planned, folder: Path, tell: Listener) -> 
     )
 
 
+def _adapter(planned: Planned) -> Adapter | None:
+    settings = next((e.compensation for e in planned.plan.entries if isinstance(e.compensation, Lora)), None)
+    return None if settings is None else Adapter(settings)
+
+
 def _sweep(
-    source: Source, planned: Planned, streams: Streams | None, output: Output, tell: Listener
+    source: Source,
+    planned: Planned,
+    streams: Streams | None,
+    output: Output,
+    tell: Listener,
+    *,
+    adapter: Adapter | None,
 ) -> list[MatrixRecord | BlockRecord]:
     records: list[MatrixRecord | BlockRecord] = []
     total = len(planned.plan.entries)
@@ -146,6 +162,7 @@ def _sweep(
         notify=notify,
         device=planned.request.device,
         rewritten=output.rewrite,
+        adapter=adapter,
     )
     try:
         sweep.run()

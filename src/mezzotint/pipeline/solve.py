@@ -1,7 +1,7 @@
 """One input group's matrices: target, basis, grid, rounding, refinement, and what is recorded of each."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -49,6 +49,42 @@ class _Turned(NamedTuple):
     statistics: Statistics | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """Statistics of a matrix's inputs.
+
+    Attributes:
+        fit: as they were summed; None if nothing is known.
+        used: what stands for them where they saw too little.
+        held_out: of other windows, for decisions.
+    """
+
+    fit: Statistics | None
+    used: Statistics | None
+    held_out: Statistics | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """A quantized matrix, with everything that quantizing it again needs.
+
+    Attributes:
+        weight: the original, ``[out, in]``; a view of the block's parameter until that is overwritten.
+        aim: in the original basis.
+        value: what the codes stand for.
+    """
+
+    matrix: Matrix
+    weight: Tensor
+    known: Known
+    aim: Aim
+    basis: Basis | None
+    result: QuantizedWeight
+    value: Tensor
+    seconds: float
+    decisions: Mapping[str, float | str]
+
+
 class Solver:
     """Quantizes matrices that receive the same inputs.
 
@@ -78,8 +114,8 @@ class Solver:
 
     def solve(
         self, weights: Weights, fit: Statistics | None, held_out: Statistics | None, *, place: int
-    ) -> list[Tensor]:
-        """Quantize matrices with the same statistics; hands each on and gives their dense values.
+    ) -> Iterator[Solved]:
+        """Quantize matrices with the same statistics, one after the other.
 
         Args:
             weights: matrices, each with its weight ``[out, in]``.
@@ -88,11 +124,36 @@ class Solver:
             place: number of the input group: it has random numbers of its own.
         """
         used, note = trusted(weights[0][0], fit)
+        known = Known(fit=fit, used=used, held_out=held_out)
         turned = self._turned(weights, used, held_out, place)
-        return [
-            self._one(matrix, weight, (fit, used, held_out), turned.get(matrix.name), note)
-            for matrix, weight in weights
-        ]
+        for matrix, weight in weights:
+            yield self._one(matrix, weight, known, turned.get(matrix.name), note)
+
+    def again(self, solved: Solved, aim: Tensor) -> Solved:
+        """The same matrix quantized to another aim ``[out, in]``, in the same basis."""
+        known, statistics = solved.known, solved.known.used
+        if solved.basis is not None and statistics is not None:
+            statistics = solved.basis.statistics(statistics)
+        turned = _Turned(Aim(matrix=aim, corrected=True), solved.basis, statistics)
+        found = self._one(solved.matrix, solved.weight, known, turned, {})
+        return replace(found, seconds=solved.seconds + found.seconds)
+
+    def deliver(self, solved: Solved) -> None:
+        """Hand a matrix that will not change any more on, and tell of it."""
+        original = solved.weight.to(solved.value.dtype)
+        self._sink(solved.matrix, solved.result)
+        self._notify(
+            MatrixRecord(
+                name=solved.matrix.name,
+                bits_per_weight=solved.result.bits().total / original.numel(),
+                weight_error=_energy(solved.value - original) / max(_energy(original), 1e-30),
+                h_error=_measured(original, solved.value, solved.known.fit),
+                h_error_held_out=_measured(original, solved.value, solved.known.held_out),
+                tokens=0.0 if solved.known.fit is None else solved.known.fit.tokens,
+                seconds=solved.seconds,
+                decisions=solved.decisions,
+            )
+        )
 
     def _turned(
         self, weights: Weights, used: Statistics | None, held_out: Statistics | None, place: int
@@ -125,15 +186,14 @@ class Solver:
         self,
         matrix: Matrix,
         weight: Tensor,
-        known: tuple[Statistics | None, Statistics | None, Statistics | None],
+        known: Known,
         turned: _Turned | None,
         note: Mapping[str, float | str],
-    ) -> Tensor:
+    ) -> Solved:
         started = time.perf_counter()
-        fit, used, held_out = known
         if turned is None:
-            turned = _Turned(self._aim(matrix, weight, used, held_out), None, used)
-        entry, judge = self._entries[matrix.name], None
+            turned = _Turned(self._aim(matrix, weight, known.used, known.held_out), None, known.used)
+        entry, judge, held_out = self._entries[matrix.name], None, known.held_out
         if entry.refinement is not None and held_out is not None and held_out.tokens > 0:
             judge = quadratic_of(weight.to(turned.aim.matrix.dtype), held_out)
         try:
@@ -141,22 +201,17 @@ class Solver:
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
-        value = result.dense(turned.aim.matrix.dtype)
-        self._sink(matrix, result)
-        original = weight.to(value.dtype)
-        self._notify(
-            MatrixRecord(
-                name=matrix.name,
-                bits_per_weight=result.bits().total / weight.numel(),
-                weight_error=_energy(value - original) / max(_energy(original), 1e-30),
-                h_error=_measured(original, value, fit),
-                h_error_held_out=_measured(original, value, held_out),
-                tokens=0.0 if fit is None else fit.tokens,
-                seconds=time.perf_counter() - started,
-                decisions={**self.notes.get(matrix.name, {}), **note, **decisions, **turned.aim.decisions},
-            )
+        return Solved(
+            matrix=matrix,
+            weight=weight,
+            known=known,
+            aim=turned.aim,
+            basis=turned.basis,
+            result=result,
+            value=result.dense(turned.aim.matrix.dtype),
+            seconds=time.perf_counter() - started,
+            decisions={**self.notes.get(matrix.name, {}), **note, **decisions, **turned.aim.decisions},
         )
-        return value
 
 
 def quantized(

@@ -156,24 +156,38 @@ class Streams:
                 )
             self._original.put(index, output)
 
-    def original_inputs(self, batch: int, group: int) -> dict[int | None, Inputs]:
-        """What the full-precision stream put into a group; given once, then forgotten."""
-        kept = self._seen.pop((batch, group))
-        return {
-            expert: Inputs(**{name: self._inputs.pop(key) for name, key in keys.items()})
-            for expert, keys in kept.items()
-        }
+    def original_inputs(self, batch: int, group: int, *, last: bool) -> dict[int | None, Inputs]:
+        """What the full-precision stream put into a group; forgotten when it is given for the last time."""
+        kept = self._seen.pop((batch, group)) if last else self._seen[batch, group]
+        give = self._inputs.pop if last else self._inputs.get
+        return {expert: Inputs(**{name: give(key) for name, key in keys.items()}) for expert, keys in kept.items()}
+
+    def forget_inputs(self) -> None:
+        """Forget what `original_inputs` has not given for the last time."""
+        for kept in self._seen.values():
+            for key in (key for keys in kept.values() for key in keys.values()):
+                self._inputs.pop(key)
+        self._seen.clear()
 
     def _keep_inputs(self, batch: int, group: int, inputs: GroupInputs, *, stream: bool) -> None:
         kept = self._seen[batch, group] = {}
         for expert, value in inputs.items():
             parts = {"values": value.values, "tokens": value.tokens, "stream": value.stream if stream else None}
-            kept[expert] = {name: self._keep(part) for name, part in parts.items() if part is not None}
+            kept[expert] = {name: self.hold(part) for name, part in parts.items() if part is not None}
 
-    def _keep(self, value: Tensor) -> int:
+    def hold(self, value: Tensor) -> int:
+        """Keep a tensor, in memory or spilled like the streams; gives its key."""
         self._next_key += 1
         self._inputs.put(self._next_key, value)
         return self._next_key
+
+    def held(self, key: int) -> Tensor:
+        """A tensor that is kept."""
+        return self._inputs.get(key)
+
+    def release(self, key: int) -> None:
+        """Forget a tensor that is kept."""
+        self._inputs.pop(key)
 
     def quantized_runs(self, block: int, module: nn.Module) -> list[BlockRun]:
         """One run for each batch on the quantized stream, not yet started."""

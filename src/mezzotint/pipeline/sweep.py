@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from mezzotint.core.files import Entry
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
+from mezzotint.pipeline.adapter import Adapter
 from mezzotint.pipeline.capture import BlockRun, stops
+from mezzotint.pipeline.descent import Descent, Measured
 from mezzotint.pipeline.folding import Folding
+from mezzotint.pipeline.parts import active_parts, settings_of
 from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.streams import Streams
@@ -28,12 +31,15 @@ class BlockRecord:
         error: mean squared difference of full-precision block on full-precision stream and quantized block on
             quantized stream, on the held-out windows; None when no stream ran.
         relative_error: the same over the mean square of the full-precision output.
+        submodules: loss of each that was optimised on the held-out windows, over the energy of the full-precision
+            output, ``before`` and ``after``.
     """
 
     index: int
     error: float | None
     relative_error: float | None
     seconds: float
+    submodules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Sweep:
@@ -48,6 +54,7 @@ class Sweep:
         device: where blocks and statistics live.
         rewritten: told of parameters that a block's transforms changed; the checkpoint gives their values.
         to_the_end: run the streams through every block, also behind the last that needs statistics.
+        adapter: takes the low-rank compensations; what follows in the model sees them.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Sweep:
         device: str = "cpu",
         rewritten: Callable[[Sequence[str]], None] = lambda _: None,
         to_the_end: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         self._source = source
         self._entries = {entry.matrix: entry for entry in entries}
@@ -69,6 +77,7 @@ class Sweep:
         self._solver = solver
         self._folding = Folding(source, self._entries, rewritten=rewritten, device=device)
         self._device = device
+        self._adapter = adapter
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
         self._head_needs = head in self._entries and bool(self._entries[head].needs)
@@ -78,12 +87,13 @@ class Sweep:
         """All blocks, then the head if it is to be quantized."""
         for block in self._source.map.blocks:
             started = time.perf_counter()
+            submodules: Mapping[str, Mapping[str, float]] = {}
             if self._streams is None or block.index > self._last_streamed:
                 for position, group in enumerate(block.groups):
                     self._from_checkpoint(group.matrices, _place(block.index, position))
                 error = None
             else:
-                error = self._streamed(block, self._streams)
+                error, submodules = self._streamed(block, self._streams)
             relative = None if error is None or error[1] == 0 else error[0] / error[1]
             self._notify(
                 BlockRecord(
@@ -91,6 +101,7 @@ class Sweep:
                     error=None if error is None else error[0],
                     relative_error=relative,
                     seconds=time.perf_counter() - started,
+                    submodules=submodules,
                 )
             )
         head = self._source.map.head
@@ -120,41 +131,86 @@ class Sweep:
                 weight = matrix.view(parameter)
                 check_finite(matrix.name, weight)
                 weights.append((matrix, weight))
-            self._solver.solve(weights, fit, held_out, place=place)
+            for solved in self._solver.solve(weights, fit, held_out, place=place):
+                self._solver.deliver(solved)
 
-    def _streamed(self, block: Block, streams: Streams) -> tuple[float, float]:
-        """Run the block on both streams and quantize its groups on the way; gives error and signal."""
+    def _streamed(
+        self, block: Block, streams: Streams
+    ) -> tuple[tuple[float, float], Mapping[str, Mapping[str, float]]]:
+        """Run the block on both streams and quantize its groups on the way; gives error and signal, and losses."""
         module = self._source.skeleton.get_submodule(block.path)
         materialize(module, block.path, self._source.checkpoint, dtype=streams.dtype, device=self._device)
         for name, parameter in module.named_parameters(block.path):
             check_finite(name, parameter)
         self._solver.notes |= self._folding.fold(block, module, streams)
-        with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual):
+        runs = streams.quantized_runs(block.index, module)
+        descent = self._descent(block, runs, streams)
+        noted = () if descent is None else descent.observed
+        with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual, noted=noted):
             with streams.products():
                 streams.run_original(block.index, module, self._compared(block))
-            runs = streams.quantized_runs(block.index, module)
             for position, group in enumerate(block.groups):
-                self._group(block.index, position, group, runs, streams)
+                self._group(
+                    block.index, position, group, self._measured(group, position, runs, streams, descent), descent
+                )
+                if descent is not None:
+                    descent.reached(position, runs)
+            if descent is not None:
+                descent.finish()
             with streams.products():
                 error = streams.finish_quantized(runs)
         dematerialize(module)
-        return error
+        return error, {} if descent is None else descent.losses
 
-    def _group(self, block: int, position: int, group: InputGroup, runs: Sequence[BlockRun], streams: Streams) -> None:
-        names = [name for name in group.matrices if name in self._entries]
-        statistics: Mapping[int | None, tuple[Statistics, Statistics]] = {}
-        if self._group_needs(names):
-            with streams.products():
-                statistics = self._statistics(group, position, runs, streams)
+    def _descent(self, block: Block, runs: Sequence[BlockRun], streams: Streams) -> Descent | None:
+        """What optimises the submodules of a block, if it has any to optimise."""
+        settings = settings_of(self._entries.values())
+        parts = () if settings is None else tuple(active_parts(block, settings, self._entries, self._source.map))
+        if settings is None or not parts:
+            return None
+        descent = Descent(
+            self._source,
+            block,
+            parts,
+            settings,
+            solver=self._solver,
+            streams=streams,
+            measure=lambda group: self._measured(block.groups[group], group, runs, streams, descent),
+            device=self._device,
+        )
+        return descent
+
+    def _group(
+        self, block: int, position: int, group: InputGroup, statistics: Measured, descent: Descent | None
+    ) -> None:
         by_expert: dict[int | None, list[Matrix]] = {}
-        for name in names:
+        for name in (name for name in group.matrices if name in self._entries):
             matrix = self._source.map.matrices[name]
             by_expert.setdefault(matrix.expert, []).append(matrix)
         for expert, members in by_expert.items():
             weights = [(m, m.view(self._source.skeleton.get_parameter(m.parameter).data)) for m in members]
-            values = self._solver.solve(weights, *statistics.get(expert, (None, None)), place=_place(block, position))
-            for (_, weight), value in zip(weights, values, strict=True):
-                weight.copy_(value)
+            if descent is not None:  # originals must outlive what they are replaced by
+                weights = [(m, weight.clone()) for m, weight in weights]
+            for solved in self._solver.solve(
+                weights, *statistics.get(expert, (None, None)), place=_place(block, position)
+            ):
+                if descent is None:
+                    self._solver.deliver(solved)
+                else:
+                    descent.keep(solved)
+                matrix, value = solved.matrix, solved.value
+                if self._adapter is not None and self._entries[matrix.name].compensation is not None:
+                    value = self._adapter.compensated(solved)
+                matrix.view(self._source.skeleton.get_parameter(matrix.parameter).data).copy_(value)
+
+    def _measured(
+        self, group: InputGroup, position: int, runs: Sequence[BlockRun], streams: Streams, descent: Descent | None
+    ) -> Measured:
+        """Statistics of a group's inputs, if anything needs them."""
+        if not self._group_needs(group.matrices):
+            return {}
+        with streams.products():
+            return self._statistics(group, position, runs, streams, descent)
 
     def _group_needs(self, names: Sequence[str]) -> frozenset[str]:
         return frozenset().union(*(self._entries[name].needs for name in names if name in self._entries))
@@ -166,8 +222,8 @@ class Sweep:
         return {i: found for i, found in needs.items() if found}
 
     def _statistics(
-        self, group: InputGroup, position: int, runs: Sequence[BlockRun], streams: Streams
-    ) -> dict[int | None, tuple[Statistics, Statistics]]:
+        self, group: InputGroup, position: int, runs: Sequence[BlockRun], streams: Streams, descent: Descent | None
+    ) -> Measured:
         """Sums over the fit windows and over the held-out windows, by expert."""
         matrices = [self._source.map.matrices[name] for name in group.matrices]
         widths = {matrix.expert: matrix.shape[1] for matrix in matrices}
@@ -182,8 +238,12 @@ class Sweep:
         }
         for index, (batch, run) in enumerate(zip(streams.batches, runs, strict=True)):
             reached = run.reach(position)
-            originals = streams.original_inputs(index, position) if "drift" in needs else {}
+            # a descent asks again
+            last = descent is None
+            originals = streams.original_inputs(index, position, last=last) if "drift" in needs else {}
             for expert, inputs in reached.items():
+                if descent is not None:
+                    descent.see(index, position, inputs)
                 # without a row of the full-precision stream, tokens count as without drift
                 original = originals.get(expert, inputs)
                 compared = Compared(

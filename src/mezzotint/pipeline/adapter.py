@@ -1,0 +1,86 @@
+"""Low-rank compensations of a run, written as a PEFT adapter beside the model."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mezzotint.core.contracts import Matrix
+from mezzotint.core.files import Entry
+from mezzotint.errors import ConfigError
+from mezzotint.formats.folder import write_json
+from mezzotint.pipeline.solve import Solved, trusted
+from mezzotint.submodules.lora import Factors, Lora
+
+FOLDER = "adapter"
+_STORED = torch.bfloat16
+
+
+class Adapter:
+    """Collects the compensations of matrices.
+
+    Args:
+        settings: of the compensation.
+    """
+
+    def __init__(self, settings: Lora) -> None:
+        self._settings = settings
+        self._tensors: dict[str, Tensor] = {}
+        self._modules: list[str] = []
+
+    def compensated(self, solved: Solved) -> Tensor:
+        """The dense values of a quantized matrix with its compensation, as both will run together."""
+        fit, _ = trusted(solved.matrix, solved.known.fit)
+        assert fit is not None
+        factors = self._settings.factors(solved.weight.to(solved.value.dtype), solved.value, fit)
+        stored = Factors(*(part.to(_STORED) for part in factors))
+        module = solved.matrix.parameter.rpartition(".")[0]
+        self._modules.append(module)
+        for name, part in (("lora_A", stored.down), ("lora_B", stored.up)):
+            self._tensors[f"base_model.model.{module}.{name}.weight"] = part.contiguous().cpu()
+        return solved.value + Factors(*(part.to(solved.value) for part in stored)).change
+
+    def write(self, folder: Path, base: str) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder that does not exist yet."""
+        folder.mkdir()
+        save_file(self._tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        ranks = {module: self._tensors[f"base_model.model.{module}.lora_A.weight"].shape[0] for module in self._modules}
+        rank = max(ranks.values())
+        write_json(
+            folder / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": base,
+                "r": rank,
+                "lora_alpha": rank,  # PEFT scales by alpha over rank
+                "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
+                "alpha_pattern": {module: r for module, r in ranks.items() if r != rank},
+                "target_modules": self._modules,
+                "bias": "none",
+                "lora_dropout": 0.0,
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+            },
+        )
+
+
+def check_compensation(entry: Entry, matrix: Matrix) -> None:
+    """Refuse what an adapter cannot hold.
+
+    Raises:
+        ConfigError: the matrix is not the weight of an nn.Linear, or submodules would change the codes once more.
+    """
+    if entry.compensation is None:
+        return
+    if entry.submodules is not None:
+        raise ConfigError(
+            "compensation is for given codes, and submodules change codes after statistics were taken. "
+            "Use submodules.kind=none or compensation.kind=none."
+        )
+    if not matrix.linear or matrix.expert is not None:
+        raise ConfigError(
+            f"{matrix.name} is not the weight of an nn.Linear, and an adapter holds nothing else. Leave it out with "
+            "{match: ..., set: {compensation.kind: none}}."
+        )

@@ -1,0 +1,153 @@
+"""What the submodules of a block see of one batch of windows, in both streams."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mezzotint.core.statistics import Statistics
+from mezzotint.submodules.relax import Search
+from mezzotint.submodules.scores import Pattern
+
+Projection = Callable[[Float[Tensor, "windows seqlen rows"]], Tensor]
+
+
+class Linear(NamedTuple):
+    """Rows of a matrix that play one part, with their bias."""
+
+    weight: Float[Tensor, "rows in"]
+    bias: Float[Tensor, " rows"] | None = None
+
+    def __call__(self, inputs: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens rows"]:
+        """``inputs W' + b``."""
+        outputs = inputs @ self.weight.t()
+        return outputs if self.bias is None else outputs + self.bias
+
+
+Linears = Mapping[str, Linear]  # by kind of role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outer:
+    """What the last linear of a submodule, whose output the stream takes up, sees of one batch.
+
+    Attributes:
+        original: its inputs in the full-precision stream.
+        original_stream, stream: what its output is added to in the two streams; None where it is not added unchanged.
+        weights: of each token in losses, zero for padding; None is one each.
+    """
+
+    original: Float[Tensor, "windows seqlen in"]
+    original_stream: Float[Tensor, "windows seqlen out"] | None = None
+    stream: Float[Tensor, "windows seqlen out"] | None = None
+    weights: Float[Tensor, "windows seqlen"] | None = None
+
+    @property
+    def tokens(self) -> float:
+        """How many tokens count."""
+        return float(self.original[..., 0].numel()) if self.weights is None else float(self.weights.sum())
+
+    def at(self, windows: slice, rows: slice) -> "Outer":
+        """Some of the tokens."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[windows, rows]
+
+        return Outer(
+            original=self.original[windows, rows],
+            original_stream=cut(self.original_stream),
+            stream=cut(self.stream),
+            weights=cut(self.weights),
+        )
+
+    def target(self, last: Linear) -> Float[Tensor, "windows seqlen out"]:
+        """What the full-precision stream is after the submodule."""
+        output = last(self.original)
+        return output if self.original_stream is None else self.original_stream + output
+
+    def off(self, output: Float[Tensor, "windows seqlen out"], target: Tensor) -> Tensor:
+        """How far the quantized stream with this output is from the target; zero for padding."""
+        difference = (output if self.stream is None else self.stream + output) - target
+        return self.weighted(difference)
+
+    def weighted(self, values: Float[Tensor, "windows seqlen any"]) -> Tensor:
+        """Values times the tokens' weights, zero or one each."""
+        return values if self.weights is None else values * self.weights.unsqueeze(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBatch:
+    """One batch in attention.
+
+    Attributes:
+        inputs: of q, k and v in the quantized stream.
+        original: the same in the full-precision stream.
+        query, key, value: what attention multiplies, ``[windows, heads, seqlen, dim]``, from the linear's outputs:
+            heads apart, norms and positions applied, by the model's own code.
+        pattern: what lies between.
+        outer: of the output projection; None before it has run.
+    """
+
+    inputs: Float[Tensor, "windows seqlen in"]
+    original: Float[Tensor, "windows seqlen in"]
+    query: Projection
+    key: Projection
+    value: Projection
+    pattern: Pattern
+    outer: Outer | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpBatch:
+    """One batch in an MLP.
+
+    Attributes:
+        inputs: of up in the quantized stream.
+        hidden: the inputs of down from the outputs of up, the gate held at its quantized weights.
+        outer: of down.
+    """
+
+    inputs: Float[Tensor, "windows seqlen in"]
+    hidden: Projection
+    outer: Outer
+
+
+class Submodule(Protocol):
+    """Several linears and what they give together.
+
+    Attributes:
+        members: kinds of roles, in the order in which they are relaxed.
+    """
+
+    @property
+    def members(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def energy(self, batch: "AttentionBatch | MlpBatch") -> float:
+        """Sum of squares of the full-precision output: what a loss is measured against."""
+        ...
+
+    def loss(self, linears: Linears, batch: "AttentionBatch | MlpBatch") -> float:
+        """Sum of squares of what quantized weights miss of the full-precision output."""
+        ...
+
+    def relax(
+        self,
+        member: str,
+        linears: Linears,
+        batches: Callable[[], Iterable],
+        fit: Statistics,
+        *,
+        start: Tensor,
+        search: Search,
+    ) -> Float[Tensor, "rows in"]:
+        """The member's weight that is best for the submodule, the other linears held fixed."""
+        ...
+
+
+def product_back(outputs: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "*tokens in"]:
+    """``outputs W' W`` in the cheaper order."""
+    if 2 * weight.shape[0] < weight.shape[1]:
+        return (outputs @ weight.t()) @ weight
+    return outputs @ (weight.t() @ weight)

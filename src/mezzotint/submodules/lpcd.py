@@ -1,0 +1,59 @@
+"""Settings of layer-projected coordinate descent."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mezzotint.errors import ConfigError
+from mezzotint.submodules.relax import Search
+from mezzotint.submodules.scores import Metric
+
+Part = Literal["qk", "vo", "updown"]
+PARTS: tuple[Part, ...] = ("qk", "vo", "updown")
+MEMBERS: dict[Part, tuple[str, ...]] = {"qk": ("q", "k"), "vo": ("v", "o"), "updown": ("up", "down")}
+# what the members of a part are weighed by, beside its members themselves
+AROUND: dict[Part, tuple[str, ...]] = {"qk": (), "vo": ("q", "k"), "updown": ()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lpcd:
+    """Settings of LPCD (arXiv 2512.01546): relax each member of a submodule, project it, keep it if that helps.
+
+    Attributes:
+        parts: submodules that are optimised: ``qk``, ``vo``, ``updown``; only the last helped wherever it was measured
+            (docs/submodules.md).
+        strength: of each member's change, from 0 (the original weight is aimed at) to 1 (the relaxed one).
+        damping: ridge towards the original weight, as a fraction of the mean diagonal of the gram.
+        iterations: of conjugate gradients for each member without a closed form.
+        sweeps: how often the members of a submodule take their turn.
+        tokens: per column of a member that its relaxed problem is made of, in whole batches; no limit if None.
+        metric: of scores: ``plain`` as in the paper, or ``attention``, what attention loses in nats to second order.
+    """
+
+    kind: ClassVar[str] = "lpcd"
+    parts: tuple[Part, ...] = ("updown",)
+    strength: float = 0.75
+    damping: float = 0.3
+    iterations: int = 3
+    sweeps: int = 1
+    tokens: float | None = 4.0
+    metric: Metric = "attention"
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift", "residual"})
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ConfigError(f"submodules.parts is {list(self.parts)}; name each of {', '.join(PARTS)} at most once.")
+        limits = (
+            ("strength", self.strength, 0, 1),
+            ("damping", self.damping, 0, 100),
+            ("iterations", self.iterations, 1, 100),
+            ("sweeps", self.sweeps, 1, 10),
+            ("tokens", 1.0 if self.tokens is None else self.tokens, 0.1, 1e6),
+        )
+        for name, value, least, most in limits:
+            if not least <= value <= most:
+                raise ConfigError(f"submodules.{name} is {value}; it must be from {least} to {most}.")
+
+    @property
+    def search(self) -> Search:
+        """Of the relaxed problems."""
+        return Search(damping=self.damping, iterations=self.iterations)

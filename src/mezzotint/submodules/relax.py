@@ -1,0 +1,207 @@
+"""The relaxed problem of one linear inside a submodule: a least-squares problem that is never formed.
+
+Of a batch only three things are known: the inputs of the linear, the gradient of half the submodule's loss in its
+outputs, and products with the curvature ``J'J`` of that loss in its outputs (``J`` is the derivative of what the
+submodule gives). Where that is linear in the outputs the problem is an exact quadratic and one step solves it;
+elsewhere each step is one of Gauss-Newton.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mezzotint.core.statistics import Statistics
+
+_HALVINGS = 4
+_LEAST_SCALE = 1e-3  # of a row's curvature, as a fraction of the mean over rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slope:
+    """A batch of a relaxed problem at some weight.
+
+    Attributes:
+        inputs: of the linear.
+        tokens: how many of them count: padding does not.
+        residual: gives the sum of squares, and ``J' r`` in the linear's outputs ``[tokens, rows]``.
+        curvature: ``J' J d`` for a change ``d`` of the linear's outputs.
+    """
+
+    inputs: Float[Tensor, "tokens in"]
+    tokens: float
+    residual: Callable[[], tuple[float, Tensor]]
+    curvature: Callable[[Tensor], Tensor]
+
+
+Batches = Callable[[Float[Tensor, "rows in"]], Iterable[Slope]]  # at a weight; one batch lives at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """How a relaxed problem is solved.
+
+    Attributes:
+        damping: ridge towards the original weight, as a fraction of the mean diagonal of the inputs' gram.
+        iterations: of conjugate gradients.
+        steps: of Gauss-Newton, where the submodule is not linear in the member.
+    """
+
+    damping: float
+    iterations: int
+    steps: int = 2
+
+
+def relax(
+    batches: Batches,
+    start: Float[Tensor, "rows in"],
+    original: Float[Tensor, "rows in"],
+    fit: Statistics,
+    *,
+    search: Search,
+    linear: bool,
+) -> Float[Tensor, "rows in"]:
+    """``argmin_V sum |r(V)|^2 + sum_i s_i lambda |V_i - W_i|^2``: the relaxed member, others held fixed.
+
+    ``s_i`` is the mean curvature of row ``i`` and lambda the damping of `Statistics.ridge` for the tokens that are
+    used, so that a lone linear (curvature one) gets QEP's ``W + W D (H + lambda I)^-1``. The inverse of
+    ``diag(s) x (H + lambda I)`` preconditions the conjugate gradients; for a lone linear it is the exact inverse, and
+    one iteration solves the problem.
+
+    Args:
+        batches: the problem at a weight; gone through once per iteration.
+        start: where the search starts.
+        original: what the ridge pulls towards.
+        fit: of the member's inputs.
+        search: damping and numbers of iterations.
+        linear: the submodule is linear in the member: one step, taken as it is.
+    """
+    weight = start
+    for _ in range(1 if linear else search.steps):
+        problem = _Problem(batches, weight, original, fit, search.damping)
+        change = problem.solve(search.iterations)
+        if linear:
+            return weight + change
+        better = _shortened(batches, problem, weight, change)
+        if better is None:
+            return weight
+        weight = better
+    return weight
+
+
+class _Problem:
+    """The quadratic around one weight."""
+
+    def __init__(self, batches: Batches, weight: Tensor, original: Tensor, fit: Statistics, damping: float) -> None:
+        self._batches, self._weight, self._original = batches, weight, original
+        self._fit, self._damping = fit, damping
+        self.loss = 0.0
+        gradient = torch.zeros_like(weight)
+        scale = torch.zeros_like(weight[:, 0])
+        tokens = 0.0
+        generator = torch.Generator(device=weight.device).manual_seed(0)
+        for slope in batches(weight):
+            loss, outputs = slope.residual()
+            self.loss += loss
+            gradient.addmm_(outputs.t(), slope.inputs)
+            # Hutchinson: signs at random see the diagonal of the curvature, and of the identity they see one exactly
+            signs = torch.randint(0, 2, outputs.shape, generator=generator, device=weight.device)
+            signs = signs.to(weight.dtype) * 2 - 1
+            scale += (signs * slope.curvature(signs)).sum(0)
+            tokens += slope.tokens
+        scale /= max(tokens, 1.0)
+        self._scale = scale.clamp_min(_LEAST_SCALE * float(scale.clamp_min(0).mean()) or 1.0).unsqueeze(1)
+        # the statistics may have seen other tokens
+        self._share = tokens / fit.tokens
+        used = fit.ridge(damping).damping
+        self._ridge = self._share * used * float(fit.gram.diagonal().mean())
+        self._gradient = gradient + self._pull(weight - original)
+
+    def penalty(self, weight: Tensor) -> float:
+        """The ridge's part of the objective."""
+        difference = weight - self._original
+        return float((self._pull(difference) * difference).sum())
+
+    def _pull(self, difference: Tensor) -> Tensor:
+        return self._scale * (self._ridge * difference)
+
+    def _product(self, direction: Tensor) -> Tensor:
+        result = self._pull(direction)
+        for slope in self._batches(self._weight):
+            result.addmm_(slope.curvature(slope.inputs @ direction.t()).t(), slope.inputs)
+        return result
+
+    def _preconditioned(self, residual: Tensor) -> Tensor:
+        return self._fit.solve(residual / self._scale, self._damping) / self._share
+
+    def solve(self, iterations: int) -> Tensor:
+        """Conjugate gradients from no change at all."""
+        change = torch.zeros_like(self._weight)
+        residual = -self._gradient
+        direction = self._preconditioned(residual)
+        energy = float((residual * direction).sum())
+        if energy <= 0:
+            return change
+        first = energy
+        for left in range(iterations, 0, -1):
+            product = self._product(direction)
+            bend = float((direction * product).sum())
+            if bend <= 0:  # nothing but rounding error is left in this direction
+                break
+            length = energy / bend
+            change += length * direction
+            if left == 1:
+                break
+            residual = residual - length * product
+            towards = self._preconditioned(residual)
+            new = float((residual * towards).sum())
+            if new <= torch.finfo(change.dtype).eps ** 2 * first:
+                break
+            direction = towards + new / energy * direction
+            energy = new
+        return change
+
+
+def _shortened(batches: Batches, problem: _Problem, weight: Tensor, change: Tensor) -> Tensor | None:
+    """The weight after the longest of a few fractions of the change that lowers the objective, or None."""
+    before = problem.loss + problem.penalty(weight)
+    for halving in range(_HALVINGS):
+        candidate = weight + change / 2**halving
+        if sum(slope.residual()[0] for slope in batches(candidate)) + problem.penalty(candidate) < before:
+            return candidate
+    return None
+
+
+def slopes_of(
+    function: Callable[[Tensor], Tensor], outputs: Tensor, *, linear: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """``function(outputs)``, and products with its derivative there and with the transpose of that.
+
+    Args:
+        function: of the outputs of a linear.
+        outputs: where the derivative is taken.
+        linear: what `is_linear` says of it: then its derivative is cheaper, and the same everywhere.
+    """
+    value, pull = torch.func.vjp(function, outputs)[:2]
+
+    def push(change: Tensor) -> Tensor:
+        if linear:
+            return function(change) - function(torch.zeros_like(change))
+        # the transpose of the transpose: forward mode would compile parts of torch first
+        return torch.func.vjp(lambda v: torch.func.vjp(function, outputs)[1](v)[0], torch.zeros_like(value))[1](change)[
+            0
+        ]
+
+    return value, push, lambda change: pull(change)[0]
+
+
+def is_linear(function: Callable[[Tensor], Tensor], outputs: Tensor) -> bool:
+    """Whether a function is linear (a constant may be added): its change does not depend on where it starts."""
+    zero = function(torch.zeros_like(outputs))
+    if not torch.isfinite(zero).all():
+        return False
+    once = function(outputs) - zero
+    # exact but for rounding, which stays far below what a normalisation does to a factor of three
+    return bool(torch.allclose(function(3 * outputs) - zero, 3 * once, rtol=1e-3, atol=1e-4 * float(once.abs().max())))
