@@ -29,26 +29,30 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Format:
-    """Packed weights: a trellis of `words` words a tile, or integers in groups."""
+    """Packed weights: a trellis of `words` words a tile, or integers or indices into a table in groups."""
 
     name: str
     words: int = 0
     states: int = 0
     bits: int = 0
     group_size: int = 0
+    width: int = 0  # columns that an index stands for
 
     @property
     def bits_per_weight(self) -> float:
         """Without scales."""
-        return self.words / 8 if self.words else self.bits
+        return self.words / 8 if self.words else self.bits / (self.width or 1)
 
     def product(self, pool: Tensor, rows: int, columns: int, level: str) -> Callable[[Tensor], Tensor]:
         """The product with a matrix whose words are the first of the pool."""
         if self.words:
             tiles = pool[: columns * rows // 256 * self.words].view(columns // 16, rows // 16, self.words)
             return lambda x: kernels.trellis_matmul(x, tiles, states=self.states, threads=1, level=level)
-        words = pool[: rows * columns * self.bits // 32].view(rows, -1)
+        words = pool[: int(rows * columns * self.bits_per_weight) // 32].view(rows, -1)
         scale = torch.full((rows, -(-columns // self.group_size)), 0.01)
+        if self.width:
+            table = kernels.LevelTable.of(torch.linspace(-3, 3, 2**self.bits * self.width).view(-1, self.width))
+            return lambda x: kernels.table_matmul(x, words, scale, table, self.group_size, threads=1, level=level)
         zero_point = torch.full_like(scale, 2.0 ** (self.bits - 1))
         options = {"bits": self.bits, "threads": 1, "level": level}
         return lambda x: kernels.packed_matmul(x, words, scale, zero_point, self.group_size, **options)
@@ -60,8 +64,18 @@ TRELLISES = tuple(
     for words in rates
 )
 INTEGERS = tuple(Format("integers", bits=bits, group_size=128) for bits in range(2, 9))
+TABLES = tuple(
+    Format("lookup" if width == 1 else "vector", bits=bits, group_size=128, width=width)
+    for width, widths in ((1, range(2, 9)), (2, range(3, 13)))
+    for bits in widths
+)
 GROUPS = tuple(Format("integers", bits=4, group_size=size) for size in (32, 64, WIDTH))
-SAMPLES = (Format("trellis", words=26, states=16), Format("integers", bits=4, group_size=128))
+SAMPLES = (
+    Format("trellis", words=26, states=16),
+    Format("integers", bits=4, group_size=128),
+    Format("lookup", bits=4, group_size=128, width=1),
+    Format("vector", bits=6, group_size=128, width=2),
+)
 
 
 def seconds(work: Callable[[], Any], budget: float) -> float:
@@ -131,7 +145,7 @@ def measure(
 def cases() -> Iterator[tuple[Format, int, tuple[int, int], int, str]]:
     """Format, bytes, shape, batch and level of every row."""
     best, *others = reversed(kernels.product_levels())
-    for form in (*TRELLISES, *INTEGERS, *GROUPS):
+    for form in (*TRELLISES, *INTEGERS, *TABLES, *GROUPS):
         fitting = int(CACHE * 8 / form.bits_per_weight / WIDTH) // 16 * 16
         yield form, CACHE, (fitting, WIDTH), 1, best
         if form not in GROUPS:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mezzotint import kernels
 from mezzotint.errors import ConfigError
+from mezzotint.grids.trellis import measured
 from mezzotint.kernels import reference_trellis
 from reference import trellis as twin
 
@@ -289,3 +290,16 @@ def test_cuda_gives_the_same_bits(states):
     packed = kernels.trellis_encode(values, 27, states=states)
     same(kernels.trellis_encode(values.cuda(), 27, states=states).cpu(), packed)
     same(kernels.trellis_decode(packed.cuda(), states=states).cpu(), kernels.trellis_decode(packed, states=states))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("states", "weights"), [(12, 2**20), (16, 2**18)])
+@pytest.mark.parametrize("rate", range(8, 41, 4))
+def test_committed_distortions(states, weights, rate):
+    """On weights that the table has not seen; their number makes the error of the sample about .3 %."""
+    row = measured(states)[rate]
+    values = torch.randn(weights // 256, 256, generator=torch.Generator().manual_seed(1000 + rate))
+    values /= values.square().mean().sqrt()
+    packed = kernels.trellis_encode(values * row.factor, rate, states=states, window=32)
+    error = kernels.trellis_decode(packed, states=states) / row.factor - values
+    assert abs(float(error.square().mean()) / row.distortion - 1) < 0.03

@@ -56,6 +56,21 @@ def pieces(n, group_size):
     ]
 
 
+def table_matmul(x, code, levels, step, scale, group_size):
+    """As `packed_matmul`; a code stands for as many neighbouring columns as the table has values for it."""
+    q, unit = quantized_inputs(x)
+    level = levels.astype(np.int64)[code].reshape(len(code), x.shape[1])
+    out = np.zeros((len(x), len(code)), dtype=np.float32)
+    for b in range(len(x)):
+        lanes = np.zeros((16, len(code)), dtype=np.float32)
+        for p, (begin, end, group) in enumerate(pieces(x.shape[1], group_size)):
+            lanes[p % 16] += scale[:, group] * (level[:, begin:end] @ q[b, begin:end]).astype(np.float32)
+        for half in (8, 4, 2, 1):
+            lanes = lanes[:half] + lanes[half : 2 * half]
+        out[b] = (unit[b] * step * lanes[0].astype(np.float64)).astype(np.float32)
+    return out
+
+
 def packed_matmul(x, code, scale, zero_point, group_size):
     """In float32, sixteen accumulators and a tree, as the kernels."""
     q, unit = quantized_inputs(x)

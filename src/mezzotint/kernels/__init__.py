@@ -11,11 +11,12 @@ from mezzotint.kernels.descend import descend_block_
 from mezzotint.kernels.gptq import gptq_block_
 from mezzotint.kernels.hadamard import hadamard, hadamard_block
 from mezzotint.kernels.packing import pack_bits, unpack_bits
-from mezzotint.kernels.products import packed_matmul, product_levels, trellis_matmul
+from mezzotint.kernels.products import LevelTable, packed_matmul, product_levels, table_matmul, trellis_matmul
 from mezzotint.kernels.ranges import min_max_range, search_range
 from mezzotint.kernels.trellis import from_tiles, tile_order, to_tiles, trellis_decode, trellis_encode, trellis_values
 
 __all__ = [
+    "LevelTable",
     "affine_decode",
     "affine_encode",
     "available_levels",
@@ -30,6 +31,7 @@ __all__ = [
     "packed_matmul",
     "product_levels",
     "search_range",
+    "table_matmul",
     "tile_order",
     "to_tiles",
     "trellis_decode",

@@ -80,6 +80,22 @@ def packed_matmul(
     threads: int,
     level: str,
 ) -> None: ...
+def table_matmul(
+    x: int,
+    words: int,
+    scale: int,
+    levels: int,
+    step: float,
+    out: int,
+    batch: int,
+    n: int,
+    rows: int,
+    group_size: int,
+    width: int,
+    bits: int,
+    threads: int,
+    level: str,
+) -> None: ...
 def hadamard(values: Tensor, out: Tensor, block: int, threads: int, level: str) -> None: ...
 def trellis_encode(values: Tensor, packed: Tensor, states: int, window: int, threads: int, level: str) -> None: ...
 def trellis_decode(packed: Tensor, decoded: Tensor, states: int, threads: int, level: str) -> None: ...

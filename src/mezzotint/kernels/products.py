@@ -9,8 +9,10 @@ exact product by less than ``max|x| * sum|w| / 64500`` plus float32 rounding. On
 weights are decoded and multiplied as they are.
 """
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int16, Int32
 from torch import Tensor
 
 from mezzotint.errors import ConfigError
@@ -28,7 +30,8 @@ from mezzotint.kernels.packing import unpack_bits
 from mezzotint.kernels.trellis import from_tiles, trellis_decode
 
 _LEVELS = tuple(_native.product_levels())
-_LOWEST_BITS = 2
+_LOWEST_BITS, _MOST_TABLE_BITS = 2, 12
+_TOP_LEVEL = 32767
 
 
 def product_levels() -> tuple[str, ...]:
@@ -92,6 +95,105 @@ def trellis_matmul(
         thread_count(threads), level or "",
     )  # fmt: skip
     return out
+
+
+def table_matmul(
+    x: Float[Tensor, "batch n"],
+    words: Int32[Tensor, "out words"],
+    scale: Float[Tensor, "out groups"],
+    table: "LevelTable",
+    group_size: int,
+    *,
+    threads: int | None = None,
+    level: str | None = None,
+) -> Float[Tensor, "batch out"]:
+    """``x @ W.T`` with ``W = scale * table[code]``, in float32 (float64 if the inputs or scales are).
+
+    A code stands for ``table.width`` neighbouring columns. Groups as in `packed_matmul`; codes of more than 8 bits take
+    the slow way, as those of groups that are no multiples of 32 columns.
+
+    Args:
+        x: finite; a row with anything else gives NaN.
+        words: codes of a row as one little-endian stream: code ``i`` takes bits ``[i * bits, (i + 1) * bits)``.
+        scale: of each group.
+        table: what codes stand for.
+        group_size: columns per scale.
+        threads: how many to use; as many as torch uses if None. The result does not depend on it.
+        level: instruction set to use, for tests; one of `product_levels()`.
+
+    Raises:
+        ConfigError: group_size or a shape is wrong.
+
+    Example:
+        >>> one, words = torch.ones(1, 1), torch.tensor([[0b0110]], dtype=torch.int32)  # codes 2, 1
+        >>> values = torch.tensor([[-1.0], [0.0], [0.25], [1.0]])
+        >>> table_matmul(torch.tensor([[4.0, 1.0]]), words, one, LevelTable.of(values), 2)
+        tensor([[1.0000]])
+    """
+    (batch, n), (rows, width) = x.shape, words.shape
+    _check_words("words", words)
+    if n % table.width:
+        raise ConfigError(f"x has {n} columns; a code stands for {table.width} of them together.")
+    check_group_shape("scale", scale, rows, group_count(n, group_size))
+    needed = -(-n // table.width * table.bits // 32)
+    if width != needed:
+        raise ConfigError(f"words has {width} words a row; codes of {table.bits} bits for {n} columns take {needed}.")
+    if not takes_native(level, x, words, scale, levels=_LEVELS):
+        dtype = torch.float64 if torch.float64 in (x.dtype, scale.dtype) else torch.float32
+        values = table.decode(words, n).to(dtype)
+        wide = scale.to(dtype).repeat_interleave(group_size, dim=1)[:, :n]
+        return x.to(dtype) @ (values * wide).t()
+    x, words, out = as_float32(x), words.contiguous(), torch.empty(batch, rows)
+    scale = as_float32(scale)
+    _native.table_matmul(
+        x.data_ptr(), words.data_ptr(), scale.data_ptr(), table.levels.data_ptr(), table.step, out.data_ptr(), batch, n,
+        rows, group_size, table.width, table.bits, thread_count(threads), level or "",
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LevelTable:
+    """What codes stand for, as whole multiples of one step, ``levels * step``: 16 bits of the largest value.
+
+    Attributes:
+        levels: on the CPU.
+        bits: of a code, 2 to 12.
+    """
+
+    levels: Int16[Tensor, "entries width"]
+    step: float
+    bits: int
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "entries width"]) -> "LevelTable":
+        """The table nearest to these values, a power of two of them, for one or two columns.
+
+        Raises:
+            ConfigError: there is another number of them.
+        """
+        entries, width = values.shape
+        bits = entries.bit_length() - 1
+        if entries != 2**bits or not _LOWEST_BITS <= bits <= _MOST_TABLE_BITS or width not in (1, 2):
+            raise ConfigError(
+                f"the table has {entries} entries of {width} values; use 4 to 4096, a power of two, of 1 or 2."
+            )
+        wide = values.detach().cpu().double()
+        step = float(wide.abs().max()) / _TOP_LEVEL or 1.0
+        return cls(levels=(wide / step).round().to(torch.int16).contiguous(), step=step, bits=bits)
+
+    @property
+    def width(self) -> int:
+        """Columns that a code stands for."""
+        return self.levels.shape[1]
+
+    def decode(self, words: Int32[Tensor, "out words"], n: int) -> Float[Tensor, "out {n}"]:
+        """The values of a matrix's codes, in float64."""
+        part = max(p for p in range(1, 9) if self.bits % p == 0)
+        pieces = unpack_bits(words, part, n // self.width * self.bits // part).long()
+        shifts = torch.arange(0, self.bits, part, device=words.device)
+        code = (pieces.unflatten(1, (n // self.width, self.bits // part)) << shifts).sum(2)
+        return (self.levels.to(words.device).double() * self.step)[code].flatten(1)
 
 
 def _check_words(name: str, words: Tensor) -> None:

@@ -135,19 +135,17 @@ struct Pieces {
     }
 };
 
-void packed(std::uintptr_t x, std::uintptr_t words, std::uintptr_t scale, std::uintptr_t zero_point, std::uintptr_t out,
-            std::int64_t batch, std::int64_t n, std::int64_t rows, std::int64_t group_size, int bits, int threads,
-            const std::string& level) {
+// Lays out what numbers and tables have in common, and calls work(kernels, a, outputs, thread's scratch of that many
+// floats) on the outputs, divided among threads.
+template <typename Work>
+void in_groups(PackedArgs a, std::int64_t group_size, int threads, const std::string& level, double per_second,
+               std::int64_t scratch_bytes, const Work& work) {
     const ProductKernels& kernels = kernels_of(level);
-    require(bits >= 2 && bits <= 8, "bits has to be 2 to 8");
-    require(n <= std::int64_t(1) << 30, "x has too many columns");
+    require(a.n <= std::int64_t(1) << 30, "x has too many columns");
     require(group_size >= 1, "group_size has to be positive");
-    PackedArgs a{};
-    a.x = at_address<const float>(x), a.words = at_address<const std::uint8_t>(words), a.out = at_address<float>(out);
-    a.scale = at_address<const float>(scale), a.zero_point = at_address<const float>(zero_point);
-    a.batch = batch, a.padded = padded_rows(batch, kMostPackedRows), a.n = n, a.bits = bits, a.out_rows = rows;
-    a.row_bytes = (n * bits + 31) / 32 * 4, a.groups = n == 0 ? 0 : (n - 1) / group_size + 1;
-    a.padded_n = round_up(n, kColumns) + kMostPiece;  // not a power of two: rows would compete for the same cache lines
+    a.padded = padded_rows(a.batch, kMostPackedRows);
+    a.row_bytes = (a.n / a.width * a.bits + 31) / 32 * 4, a.groups = a.n == 0 ? 0 : (a.n - 1) / group_size + 1;
+    a.padded_n = round_up(a.n, kColumns) + kMostPiece;  // not a power of two: rows would compete for the same cache lines
     nb::gil_scoped_release release;
     if (a.groups == 1) group_size = a.padded_n;  // the same groups, and a size that the fast kernels take
     a.piece = regular_piece(group_size);
@@ -163,10 +161,40 @@ void packed(std::uintptr_t x, std::uintptr_t words, std::uintptr_t scale, std::u
     arrays.add(a.unit, a.batch);
     arrays.allocate();
     kernels.packed_inputs(a);
-    over_rows(a.out_rows, threads, cost(a.n, a.batch, 30.0), [&](Rows part, std::size_t) {
-        const Scratch scratch(a.padded_n / 4);
-        kernels.packed(a, part, scratch.get());
+    over_rows(a.out_rows, threads, cost(a.n, a.batch, per_second), [&](Rows part, std::size_t) {
+        const Scratch scratch(a.padded_n * scratch_bytes / 4);
+        work(kernels, a, part, scratch.get());
     });
+}
+
+void packed(std::uintptr_t x, std::uintptr_t words, std::uintptr_t scale, std::uintptr_t zero_point, std::uintptr_t out,
+            std::int64_t batch, std::int64_t n, std::int64_t rows, std::int64_t group_size, int bits, int threads,
+            const std::string& level) {
+    require(bits >= 2 && bits <= 8, "bits has to be 2 to 8");
+    PackedArgs a{};
+    a.x = at_address<const float>(x), a.words = at_address<const std::uint8_t>(words), a.out = at_address<float>(out);
+    a.scale = at_address<const float>(scale), a.zero_point = at_address<const float>(zero_point);
+    a.batch = batch, a.n = n, a.bits = bits, a.out_rows = rows, a.width = 1, a.step = 1.0;
+    in_groups(a, group_size, threads, level, 30.0, 1,
+              [](const ProductKernels& kernels, const PackedArgs& args, Rows part, float* scratch) {
+                  kernels.packed(args, part, scratch);
+              });
+}
+
+void table(std::uintptr_t x, std::uintptr_t words, std::uintptr_t scale, std::uintptr_t levels, double step,
+           std::uintptr_t out, std::int64_t batch, std::int64_t n, std::int64_t rows, std::int64_t group_size, int width,
+           int bits, int threads, const std::string& level) {
+    require(width == 1 || width == 2, "a code has to stand for 1 or 2 columns");
+    require(bits >= 2 && bits <= 12, "bits has to be 2 to 12");
+    require(n % width == 0, "x has to have whole codes of columns");
+    PackedArgs a{};
+    a.x = at_address<const float>(x), a.words = at_address<const std::uint8_t>(words), a.out = at_address<float>(out);
+    a.scale = at_address<const float>(scale), a.levels = at_address<const std::int16_t>(levels), a.step = step;
+    a.batch = batch, a.n = n, a.bits = bits, a.out_rows = rows, a.width = width;
+    in_groups(a, group_size, threads, level, bits <= 8 ? 20.0 : 4.0, 2,
+              [](const ProductKernels& kernels, const PackedArgs& args, Rows part, float* scratch) {
+                  kernels.table(args, part, scratch);
+              });
 }
 
 std::vector<std::string> product_levels() {
@@ -184,6 +212,8 @@ void bind_products(nb::module_& m) {
           at("rate"), at("states"), at("threads"), at("level"));
     m.def("packed_matmul", &packed, at("x"), at("words"), at("scale"), at("zero_point"), at("out"), at("batch"), at("n"),
           at("rows"), at("group_size"), at("bits"), at("threads"), at("level"));
+    m.def("table_matmul", &table, at("x"), at("words"), at("scale"), at("levels"), at("step"), at("out"), at("batch"),
+          at("n"), at("rows"), at("group_size"), at("width"), at("bits"), at("threads"), at("level"));
 }
 
 }  // namespace mezzotint

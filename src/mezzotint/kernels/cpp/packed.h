@@ -40,7 +40,7 @@ static inline void add_pieces(const PackedArgs& a, std::int64_t row, std::int64_
 template <int rows>
 static inline void write_row(const PackedArgs& a, std::int64_t row, std::int64_t first, const Lanes* lanes) {
     for (int b = 0; b < rows && first + b < a.batch; ++b)
-        a.out[(first + b) * a.out_rows + row] = static_cast<float>(a.unit[first + b] * static_cast<double>(sum(lanes[b])));
+        a.out[(first + b) * a.out_rows + row] = static_cast<float>(a.unit[first + b] * a.step * static_cast<double>(sum(lanes[b])));
 }
 
 // Sixteen pieces of a row whose codes have been unpacked.

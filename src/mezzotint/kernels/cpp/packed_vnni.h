@@ -13,7 +13,7 @@ static void ordered_inputs(const PackedArgs& a) {
             low[to] = static_cast<std::int8_t>(q[from]);
             high[to] = static_cast<std::int8_t>((q[from] - low[to]) >> 8);
         };
-        if (a.bits != 4)
+        if (a.bits != 4 && a.width == 1)
             for (std::int64_t i = 0; i < a.padded_n; ++i) split(i, i);
         else
             for (std::int64_t i = 0; i < a.padded_n; i += 128)
@@ -38,15 +38,21 @@ static constexpr Spread make_spread() {
 template <int bits>
 static constexpr Spread kSpread = make_spread<bits>();
 
-// 64 codes: of 8 * bits bytes in their order; of four bits, those at even (step 0) or odd columns of 128.
+// 64 codes of 8 * bits bytes, in their order.
 template <int bits>
-static inline __m512i unpacked(__m512i packed, int step) {
+static inline __m512i spread_out(__m512i packed) {
     if constexpr (bits == 8) return packed;
-    if constexpr (bits == 4)
-        return _mm512_and_si512(step == 0 ? packed : _mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
     const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kSpread<bits>.byte), packed);
     const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(kSpread<bits>.position), lanes);
     return _mm512_and_si512(codes, _mm512_set1_epi8((1 << bits) - 1));
+}
+
+// The same; but of four bits, those at even (step 0) or odd columns of 128.
+template <int bits>
+static inline __m512i unpacked(__m512i packed, int step) {
+    if constexpr (bits == 4)
+        return _mm512_and_si512(step == 0 ? packed : _mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
+    return spread_out<bits>(packed);
 }
 
 static inline __m512i merged(__m512i a, __m512i b) {

@@ -19,6 +19,7 @@ namespace {
 #include "activations.h"
 #include "products_trellis.h"
 #include "packed.h"
+#include "tables.h"
 
 void all_packed_inputs(const PackedArgs& a) {
     packed_inputs(a);
@@ -28,7 +29,7 @@ void all_packed_inputs(const PackedArgs& a) {
 }  // namespace
 
 ProductKernels product_table() {
-    return {trellis_inputs, trellis, all_packed_inputs, packed};
+    return {trellis_inputs, trellis, all_packed_inputs, packed, table};
 }
 
 }  // namespace MEZZOTINT_LEVEL

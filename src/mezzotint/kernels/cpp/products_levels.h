@@ -50,7 +50,10 @@ struct PackedArgs {
     float* piece_sum;           // [padded batch, padded_pieces]: sum of q
     double* unit;               // [batch]
     std::int64_t batch, padded, n, padded_n, row_bytes, out_rows, groups, piece_count, padded_pieces;
-    int bits;
+    const std::int16_t* levels;  // [2^bits, width] of the table, or null: codes are numbers
+    double step;                 // of the levels; 1 for numbers
+    int width;                   // columns that a code stands for: 1, or 2 with a table
+    int bits;                    // of a code: 2 to 8, or to 12 with a table
     int piece;                  // columns of every piece but the last: 32, 64 or 128; 0 when they differ
     bool piece_is_group;
 };
@@ -63,6 +66,7 @@ struct ProductKernels {
     void (*trellis)(const TrellisProductArgs&, Rows strips, float* scratch);  // strips of 16 outputs
     void (*packed_inputs)(const PackedArgs&);                // fills q, high, low, piece_sum and unit
     void (*packed)(const PackedArgs&, Rows rows, float* scratch);  // a byte for each column
+    void (*table)(const PackedArgs&, Rows rows, float* scratch);   // two bytes for each column
 };
 
 namespace portable { ProductKernels product_table(); }

@@ -1,7 +1,8 @@
 // AVX-512 with VBMI and VNNI: a step decodes the same quad of eight groups of four t, output c = lane + 8 * half.
 // Ten instructions for 32 weights: permute, multishift, 3 multiplications, 2 byte sums, 2 additions, 1 product per row.
 
-static constexpr std::int64_t kRun = 64, kLeastRun = 16, kLanesPerStrip = 32;  // strips at a time; 32-bit words for each
+static constexpr std::int64_t kTilesAhead = 8;  // a third more from memory at 5 and 6 bits than a row of tiles ahead
+static constexpr std::int64_t kRun = 256, kLeastRun = 16, kLanesPerStrip = 32;  // strips at a time; 32-bit words for each
 
 struct alignas(64) Windows {
     std::int32_t dword[8][16];    // [step = 2 (t % 4) + half]: the two dwords of each lane, the earlier one on top
@@ -84,15 +85,16 @@ static void trellis_tiles(const TrellisProductArgs& a, const Work& work, std::ui
     for (std::int64_t i = work.first_tile; i < work.first_tile + work.tiles; ++i) {
         const std::int16_t* q = a.q + (work.first_row * a.in_tiles + i) * 16;
         const std::uint32_t* tile = a.packed + (i * a.out_tiles + work.first_strip) * a.rate;
-        const bool last = i + 1 == a.in_tiles;
         std::uint32_t* sums = lanes;
         for (std::int64_t s = 0; s < work.strips; ++s, tile += a.rate, sums += 32 * rows) {
             __m512i z[3], sum[rows][2];
             for (int r = 0; r < registers; ++r) {
                 z[r] = _mm512_maskz_loadu_epi32(r + 1 < registers ? static_cast<__mmask16>(0xffff) : rest, tile + 16 * r);
-                // The same strip's next tile is a stride away, which hardware does not foresee.
-                if (!last) _mm_prefetch(reinterpret_cast<const char*>(tile + next + 16 * r), _MM_HINT_T0);
             }
+            // In the order in which tiles are used: behind the last strip of a row comes the first of the next, a stride away.
+            const std::uint32_t* ahead = tile + kTilesAhead * a.rate;
+            if (s + kTilesAhead >= work.strips) ahead += next - work.strips * a.rate;
+            for (int r = 0; r < registers; ++r) _mm_prefetch(reinterpret_cast<const char*>(ahead + 16 * r), _MM_HINT_T0);
             for (int b = 0; b < rows; ++b)
                 for (int half = 0; half < 2; ++half) sum[b][half] = _mm512_load_si512(sums + 32 * b + 16 * half);
 #pragma GCC unroll 8
