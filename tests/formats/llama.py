@@ -61,7 +61,7 @@ def map_of(model: LlamaForCausalLM) -> ModelMap:
     return ModelMap(
         blocks=blocks,
         matrices=matrices,
-        embedding="model.embed_tokens.weight",
+        embedding="model.embed_tokens",
         head="lm_head",
         final_norm=None,
         parallel_residual=False,

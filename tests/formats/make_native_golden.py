@@ -21,6 +21,7 @@ from reference import trellis
 
 GOLDEN = Path(__file__).parent / "golden" / "native"
 MODULE = "model.layers.0.mlp.up_proj"
+EMBEDDING = "model.embed_tokens"
 # Max 1960, table I, to more digits: eight levels
 EIGHT = (0.2450941789442, 0.7560052812059, 1.3439092785050, 2.1519457045370)
 UNIFORM = {"kind": "uniform", "bits": 3, "group_size": 32, "symmetric": False, "range": "weighted"}
@@ -35,16 +36,28 @@ CASES = {
         UNIFORM | {"bits": 8, "group_size": None, "symmetric": True, "scale_dtype": "float32"},
         HADAMARD | {"block": 4, "sides": "input"},
     ),
+    "embedding-uniform-w3-g16-fp16-hadamard": (
+        (23, 40),
+        UNIFORM | {"group_size": 16, "range": "error", "scale_dtype": "float16"},
+        HADAMARD | {"sides": "input"},
+    ),
     "trellis-2.25-hadamard": ((40, 50), TRELLIS, HADAMARD),
     "trellis-3-rows-16": ((20, 32), TRELLIS | {"bits": 3.0, "states": 16, "scale_per": "row"}, None),
 }
 
 
-def words_of(code: np.ndarray, bits: int) -> np.ndarray:
-    """Rows as little-endian streams."""
+def module_of(name: str) -> str:
+    """Of a case."""
+    return EMBEDDING if name.startswith("embedding") else MODULE
+
+
+def stream_of(code: np.ndarray, bits: int, dtype: str) -> torch.Tensor:
+    """Rows as little-endian streams of bytes or words."""
     string = [sum(int(c) << (bits * j) for j, c in enumerate(row)) for row in code]
-    size = 4 * -(-code.shape[1] * bits // 32)
-    return np.frombuffer(b"".join(s.to_bytes(size, "little") for s in string), dtype="<i4").reshape(len(code), -1)
+    size = np.dtype(dtype).itemsize
+    length = size * -(-code.shape[1] * bits // (8 * size))
+    rows = np.frombuffer(b"".join(s.to_bytes(length, "little") for s in string), dtype=dtype)
+    return torch.from_numpy(rows.reshape(len(code), -1).copy())
 
 
 def grouped(grid: dict, shape: tuple[int, int], random: np.random.Generator) -> tuple[dict, np.ndarray]:
@@ -53,13 +66,13 @@ def grouped(grid: dict, shape: tuple[int, int], random: np.random.Generator) -> 
     code = random.integers(0, 2**bits, shape)
     dtype = getattr(torch, grid["scale_dtype"])
     scale = torch.from_numpy(random.uniform(0.01, 0.1, (shape[0], groups))).to(dtype)
-    tensors = {"weight_packed": torch.from_numpy(words_of(code, bits).copy()), "weight_scale": scale}
+    tensors = {"weight_packed": stream_of(code, bits, "<i4"), "weight_scale": scale}
     level = code - 2.0 ** (bits - 1)
     if grid["kind"] == "lookup":
         level = np.array((*(-x for x in reversed(EIGHT)), *EIGHT))[code]
     elif not grid["symmetric"]:
         zero_point = random.integers(0, 2**bits, (shape[0], groups))
-        tensors["weight_zero_point"] = torch.from_numpy(zero_point).to(torch.uint8)
+        tensors["weight_zero_point"] = stream_of(zero_point, bits, "u1")
         level = code - zero_point[:, group]
     return tensors, scale.double().numpy()[:, group] * level
 
@@ -107,14 +120,14 @@ def make(name: str, seed: int) -> None:
         tensors |= basis
     everything = b"".join(tensors[n].reshape(-1).view(torch.uint8).numpy().tobytes() for n in sorted(tensors))
     tensors["weight_checksum"] = torch.tensor([zlib.crc32(everything)])
-    stored = {f"{MODULE}.{n}": t.contiguous() for n, t in tensors.items()}
+    stored = {f"{module_of(name)}.{n}": t.contiguous() for n, t in tensors.items()}
     GOLDEN.mkdir(parents=True, exist_ok=True)
     save_file({**stored, "expected.value": torch.from_numpy(value)}, GOLDEN / f"{name}.safetensors")
     config = {
         "quant_method": "mezzotint",
-        "format_version": 1,
+        "format_version": 2,
         "schemes": [{"shape": list(shape), "grid": grid, "transform": transform}],
-        "modules": {MODULE: 0},
+        "modules": {module_of(name): 0},
     }
     (GOLDEN / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -116,16 +116,12 @@ def test_round_trip(case: str, transform: Transform | None):
 
 @every_case
 def test_what_is_stored_is_as_large_as_it_says(case: str):
-    """But for words filled up at the end of rows, bytes for zero points, and the checksum."""
+    """But for the checksum."""
     matrix, weight = example(case, Hadamard())
     specs = {s.name.rpartition(".")[2]: s for s in FORM.specs(matrix, weight.grid.grid, torch.float32, Hadamard())}
-    rows = matrix.shape[0]
     spare = 8 * specs[CHECKSUM].nbytes
-    if weight.grid.grid.tile == (1, 1):
-        spare += rows * (-int(matrix.shape[1] * weight.grid.grid.bits) % 32)
-    if "weight_zero_point" in specs:
-        spare += specs["weight_zero_point"].nbytes * (8 - int(weight.grid.grid.bits))
     assert 8 * sum(s.nbytes for s in specs.values()) == weight.bits().total + spare
+    assert weight.bits().code == -(-int(8 * weight.grid.grid.bits) * matrix.shape[0] * matrix.shape[1] // 8)
 
 
 @every_case
@@ -188,7 +184,7 @@ def test_missing_and_misshapen_tensors():
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("format_version",), 2, r"format_version 2; this version reads 1.*update mezzotint"),
+        (("format_version",), 1, r"format_version 1; this version reads 2.*update mezzotint"),
         (("schemes",), None, "cannot be read"),
         (("modules",), {NAME: 5}, r"cannot be read .*range.*update"),
         (("schemes", 0, "grid", "kind"), "trelis", r"unknown grid 'trelis'. Did you mean 'trellis'.*update"),
@@ -227,6 +223,7 @@ def test_a_config_of_another_version_is_refused(where: tuple[Any, ...], value: A
         ({"sources": (f"{NAME}.packed",)}, "linear-only"),
         ({"tied_to": "model.embed_tokens.weight"}, "tied"),
         ({"sources": ("language_model.up.weight",)}, "renamed"),
+        ({"linear": False, "lookup": True}, None),
         ({}, None),
     ],
 )
@@ -236,3 +233,11 @@ def test_refusals(changes: dict[str, Any], rule: str | None):
     assert (refusal and refusal.rule) == rule
     if rule in ("linear-only", "renamed"):
         assert "--for dense" in str(refusal)
+
+
+def test_rows_that_are_looked_up_are_not_mixed():
+    matrix = matrix_of((40, 50), linear=False, lookup=True)
+    entry = entry_of(TrellisGrid(), matrix)
+    for sides, rule in (("input", None), ("both", "mixed-rows")):
+        refusal = FORM.refuses(replace(entry, transform=Hadamard(sides=sides)), matrix)
+        assert (refusal and refusal.rule) == rule

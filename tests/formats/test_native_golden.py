@@ -1,4 +1,4 @@
-"""Files of version 1 stay readable, by us and by a reader that knows docs/format.md only."""
+"""Files of version 2 stay readable, by us and by a reader that knows docs/format.md only."""
 
 import doctest
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from formats.make_native_golden import CASES, GOLDEN, MODULE
+from formats.make_native_golden import CASES, GOLDEN, module_of
 from mezzotint.core.structure import Matrix
 from mezzotint.formats.decoded import packed_weights
 from mezzotint.formats.native import Native, read_schemes
@@ -37,10 +37,11 @@ def test_golden_files_read_and_write_the_same(path: Path):
     stored = load_file(path)
     expected = stored.pop("expected.value").numpy()
     ((name, weight),) = packed_weights(config, stored, stored.__getitem__).items()
-    assert name == f"{MODULE}.weight"
+    module = module_of(path.stem)
+    assert name == f"{module}.weight"
     assert_close(weight.dense().numpy(), expected, 1e-6)  # a few float32 roundings, of sums of up to 8 for Hadamard
-    scheme = read_schemes(config)[MODULE]
-    matrix = Matrix(name=MODULE, parameter=name, sources=(name,), shape=scheme.shape, fusion="")
+    scheme = read_schemes(config)[module]
+    matrix = Matrix(name=module, parameter=name, sources=(name,), shape=scheme.shape, fusion="")
     again = Native().weight(matrix, stored, scheme.grid, scheme.transform)
     torch.testing.assert_close(Native().tensors(matrix, again, torch.float32), stored, rtol=0, atol=0)
     settings, written = scheme.settings(), config["schemes"][0]
@@ -50,12 +51,12 @@ def test_golden_files_read_and_write_the_same(path: Path):
         "transform",
     ):  # a later version may say more: settings that have come since, at their defaults
         assert (settings[stage] or {}).items() >= (written[stage] or {}).items()
-    assert read_schemes({**config, "schemes": [settings]})[MODULE] == scheme
+    assert read_schemes({**config, "schemes": [settings]})[module] == scheme
 
 
 def test_golden_files_are_there():
     assert {path.stem for path in GOLDEN.glob("*.safetensors")} == set(CASES)
-    assert len(CASES) == 5
+    assert len(CASES) == 6
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -159,7 +159,10 @@ def test_form_of_norms(name: str, tiny_source: Open) -> None:
 def test_surroundings(name: str, tiny_source: Open) -> None:
     found = tiny_source(name).map
     embedding = EMBEDDINGS.get(name, "model.embed_tokens.weight")
-    assert (found.embedding, found.head, found.parallel_residual) == (embedding, "lm_head", name in PARALLEL)
+    looked_up = found.matrices[found.embedding]
+    assert (looked_up.parameter, looked_up.lookup, looked_up.linear) == (embedding, True, False)
+    assert next(iter(found.matrices)) == found.embedding == embedding.removesuffix(".weight")
+    assert (found.head, found.parallel_residual) == ("lm_head", name in PARALLEL)
     assert found.matrices["lm_head"].tied_to == (embedding if name in TIED else None)
     assert isinstance(found.final_norm, NormEdge)
 
@@ -188,9 +191,10 @@ def test_matrices_agree_with_their_parameters(name: str, tiny_source: Open) -> N
         assert set(matrix.sources) <= set(source.checkpoint.sources(matrix.parameter))
         owner = source.skeleton.get_submodule(matrix.parameter.rpartition(".")[0])
         assert matrix.linear == isinstance(owner, torch.nn.Linear)
+        assert matrix.lookup == isinstance(owner, torch.nn.Embedding)
         if matrix.bias is not None:
             assert source.skeleton.get_parameter(matrix.bias).shape[-1] == matrix.shape[0]
-    transposed = {m.transposed for m in source.map.matrices.values() if m.name != "lm_head" and not m.linear}
+    transposed = {m.transposed for m in source.map.matrices.values() if not (m.linear or m.lookup)}
     assert transposed == {"gpt2": {True}, "gpt_oss": {True}, "mixtral": {False}, "qwen3_moe": {False}}.get(name, set())
 
 

@@ -43,14 +43,18 @@ def test_every_matrix_is_planned_or_kept_with_a_reason(name: str, tiny_folder: F
 
 
 def test_reasons(tiny_folder: Folder) -> None:
+    embedding = {"model.embed_tokens": "token embedding: kept unless embeddings.kind gives it a grid"}
     assert plan_of(TINY_LLAMA).plan.kept == {
-        "lm_head": "output head: kept unless a rule {match: ..., keep: false} asks for it"
+        "lm_head": "output head: kept unless a rule {match: ..., keep: false} asks for it",
+        **embedding,
     }
     assert plan_of(tiny_folder("qwen2"), EVERYTHING).plan.kept == {
-        "lm_head": "shares storage with model.embed_tokens.weight"
+        "lm_head": "shares storage with model.embed_tokens.weight",
+        **embedding,
     }
     kept = plan_of(TINY_LLAMA, keep=["*.0.*", "*.o_proj"]).plan.kept
     assert kept.pop("lm_head").startswith("output head")
+    assert kept.pop("model.embed_tokens").startswith("token embedding")
     assert set(kept.values()) == {"kept by a rule"}
     assert len(kept) == 7 + 2
     routers = {n: why for n, why in plan_of(tiny_folder("mixtral")).plan.kept.items() if "gate" in n}
@@ -87,7 +91,7 @@ def test_packed_formats_refuse_ragged_groups(tiny_folder: Folder) -> None:
         plan_of(tiny_folder("llama"), settings=settings)
     ragged = plan_of(tiny_folder("llama"), settings=settings, engine="dense")
     bits = next(e.bits for e in ragged.plan.entries if e.matrix.endswith("down_proj"))
-    assert bits == (64 * 96 * 4, 64 * 2 * (16 + 4))  # two groups a row, a bf16 scale and a zero point each
+    assert bits == (64 * 96 * 4, 64 * 2 * (16 + 4) + 64)  # two groups a row, a bf16 scale and a zero point each
 
 
 def test_fused_matrices_share_a_scheme() -> None:
@@ -139,7 +143,7 @@ def test_what_stock_engines_do_not_know_is_stored_in_our_own_format(settings: di
 def test_our_own_format_holds_uniform_grids_too(tiny_folder: Folder) -> None:
     planned = plan_of(tiny_folder("llama"), engine="mezzotint", settings={"grid.group_size": 64})
     assert (planned.plan.format, planned.because) == ("mezzotint", "--for mezzotint")
-    with pytest.raises(FormatError, match=r"nn.Linear only.*Use --for dense"):
+    with pytest.raises(FormatError, match=r"nn.Linear and nn.Embedding only.*Use --for dense"):
         plan_of(tiny_folder("gpt2"), engine="mezzotint")
     assert plan_of(tiny_folder("gpt2"), settings={"grid.kind": "lookup"}).plan.format == "dense"
 
@@ -152,12 +156,12 @@ def test_corrections_are_not_counted_twice(rounding: str) -> None:
 
 
 def test_nothing_left() -> None:
-    with pytest.raises(ConfigError, match="nothing to quantize: all 22 matrices are kept"):
+    with pytest.raises(ConfigError, match="nothing to quantize: all 23 matrices are kept"):
         plan_of(TINY_LLAMA, keep=["*"])
 
 
 def test_unmatched_patterns() -> None:
-    with pytest.raises(ConfigError, match=r"pattern '\*.mpl.\*' matches none of the 22 matrices"):
+    with pytest.raises(ConfigError, match=r"pattern '\*.mpl.\*' matches none of the 23 matrices"):
         plan_of(TINY_LLAMA, keep=["*.mpl.*"])
 
 
@@ -190,13 +194,44 @@ def test_sizes_are_those_of_the_files(name: str, options: dict[str, Any], tiny_f
     if planned.form.name == "dense":
         return
     tensors = tensors_of(tmp_path / "out")
-    stored = {part: [t for n, t in tensors.items() if n.endswith(part)] for part in ("_packed", "_scale", "_point")}
+    stored = {
+        part: [t for n, t in tensors.items() if n.endswith(part)] for part in ("_packed", "_scale", "_point", "_shape")
+    }
     codes = sum(t.nbytes for t in stored["_packed"]) * 8
-    side = sum(t.nbytes for t in stored["_scale"] + stored["_point"]) * 8
+    side = sum(t.nbytes for t in stored["_scale"] + stored["_point"] + stored["_shape"]) * 8
     # every width and height here is a multiple of 32 codes, so that nothing is padded
     assert planned.bits_per_weight_without_side_data == codes / planned.weights
     assert planned.bits_per_weight == (codes + side) / planned.weights == report["bits_per_weight"]
     assert planned.weights == sum(shape[0] * shape[1] for shape in planned.shapes.values())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "trellis"), ("qwen2", "uniform"), ("gemma2", "vector")])
+def test_the_embedding_has_a_grid_of_its_own(name: str, kind: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    settings = {"embeddings.kind": kind, "embeddings.bits": 4}
+    planned = plan_of(tiny_folder(name), "gptq", settings=settings)
+    first = planned.plan.entries[0]
+    assert (first.matrix, first.block, first.grid.kind) == ("model.embed_tokens", None, kind)
+    assert first.needs == frozenset()  # whatever the recipe asks for elsewhere
+    assert planned.plan.format == "mezzotint"
+    quantized(tiny_folder(name), tmp_path / "out", "gptq", settings=settings)
+    assert file_bytes(tmp_path / "out") == planned.plan.bytes
+    sizes: dict[str, int] = {}
+    for tensor, value in tensors_of(tmp_path / "out").items():
+        module, _, part = tensor.rpartition(".")
+        sizes[module] = sizes.get(module, 0) + 8 * value.nbytes * (part != "bias")
+    entries = planned.plan.entries
+    assert {e.matrix: e.bits.total for e in entries} == {e.matrix: sizes[e.matrix] for e in entries}
+    kept = plan_of(tiny_folder(name), "gptq", settings=settings, keep=["*embed_tokens"]).plan
+    assert kept.kept["model.embed_tokens"] == "kept by a rule"
+
+
+def test_who_cannot_hold_a_packed_embedding(tiny_folder: Folder) -> None:
+    settings = {"embeddings.kind": "uniform"}
+    with pytest.raises(FormatError, match=r"model.embed_tokens is another kind of module. Use --for dense, keep it"):
+        plan_of(tiny_folder("llama"), "rtn", settings=settings, engine="vllm")
+    with pytest.raises(ConfigError, match=r"embeddings.bits' does nothing while embeddings.kind is none"):
+        plan_of(tiny_folder("llama"), "rtn", settings={"embeddings.bits": 3})
+    assert plan_of(tiny_folder("llama"), "rtn", settings=settings, engine="dense").plan.format == "dense"
 
 
 def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

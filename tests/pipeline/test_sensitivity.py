@@ -60,8 +60,7 @@ def explicit(model: nn.Module, source: Source, tokens: Tensor, labels: Tensor) -
         name: torch.zeros_like(parameter) if gradient is None else gradient
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
     }
-    found = {matrix.name: matrix.view(by_name[matrix.parameter]) for matrix in source.map.matrices.values()}
-    return {**found, source.map.embedding: by_name[source.map.embedding]}
+    return {matrix.name: matrix.view(by_name[matrix.parameter]) for matrix in source.map.matrices.values()}
 
 
 def assert_is(found: Sensitivity, gradients: list[Tensor], positions: int, weight: Tensor) -> None:
@@ -89,12 +88,11 @@ def test_squares_are_those_of_explicit_gradients(
         explicit(model, source, windows.tokens[w : w + 1], labels.drawn[w]) for w in range(3)
     ]  # a tied matrix has one parameter in that model, and so the gradient of both uses
     head = source.map.matrices[source.map.head or ""]
-    embedding = [] if head.tied_to else [source.map.embedding]
-    assert list(found) == [*embedding, *source.map.matrices]
+    assert list(found) == [name for name in source.map.matrices if name != head.name or head.tied_to is None]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for matrix, value in found.items():
-        known = source.map.matrices.get(matrix)
-        weight = parameters[matrix] if known is None else known.view(parameters[known.parameter])
+        known = source.map.matrices[matrix]
+        weight = known.view(parameters[known.parameter])
         assert_is(value, [g[matrix] for g in gradients], 3 * 11, weight.detach())
 
 
@@ -120,8 +118,8 @@ def test_draws_have_the_mean_of_the_enumerated_fisher_information(toy: Path) -> 
     repeated = Windows(tokens=tokens.repeat(draws, 1), mask=None, source="one")
     found = measure_sensitivity(source, repeated, dtype=F64)
     model = stock(toy, F64)
-    names = {matrix.parameter: name for name, matrix in source.map.matrices.items()}
-    names[source.map.embedding] = source.map.embedding
+    # of a tied matrix the first name, its owner's
+    names = {matrix.parameter: name for name, matrix in reversed(source.map.matrices.items())}
     parameters = {name: parameter.requires_grad_(True) for name, parameter in model.named_parameters() if name in names}
     log_p = model(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
     wanted = dict.fromkeys(names, 0.0)
@@ -164,7 +162,8 @@ def test_noise_reaches_tied_heads_and_single_experts(name: str, tiny_folder: Fol
     assert source.map.head is not None
     found = measure_sensitivity(source, windows)
     experts = [name for name, matrix in source.map.matrices.items() if matrix.expert == 1]
-    names = [source.map.head, *experts[:2]]
+    tied = source.map.matrices[source.map.head].tied_to is not None
+    names = [source.map.embedding if tied else source.map.head, *experts[:2]]
     # so little that no token goes to another expert in the next block: what that costs has no second order
     measured = noise_insertion(source, windows, names, energy=1e-8, dtype=F64)
     for one in names:

@@ -27,7 +27,7 @@ def run(model: torch.nn.Module, source: Source, tokens: Tensor, mask: Tensor | N
     """Inputs of linears and norms by module name, outputs of blocks by path: rows of real tokens only."""
     real = torch.ones(tokens.numel(), dtype=torch.bool) if mask is None else mask.flatten()
     seen: dict[str, Tensor] = {}
-    watched = [m.name for m in source.map.matrices.values() if m.expert is None]
+    watched = [m.name for m in source.map.matrices.values() if m.expert is None and not m.lookup]
     watched += [name for name, _ in model.named_modules() if name.endswith("layernorm")]
     handles = [
         model.get_submodule(name).register_forward_pre_hook(

@@ -60,16 +60,28 @@ def least_error(values, importance, bits, *, symmetric, shrink=0.8, steps=80, sp
 
 
 def uniform_sizes(shape, *, bits, group_size, scale_bits, symmetric):
-    """Bits of what the uniform grid stores, counted one by one: (codes, scales and zero points)."""
+    """Bits of what the uniform grid stores, counted one by one: (codes, scales, zero points and what fills up rows)."""
     rows, columns = shape
     code = sum(bits for _ in range(rows) for _ in range(columns))
     side = 0
     for _ in range(rows):
-        for _ in range(ceil(columns / (group_size or columns))):
+        side += unfilled(columns * bits, 32)
+        groups = ceil(columns / (group_size or columns))
+        for _ in range(groups):
             side += scale_bits
             if not symmetric:
                 side += bits
+        if not symmetric:
+            side += unfilled(groups * bits, 8)
     return code, side
+
+
+def unfilled(used, whole):
+    """Bits that are left of the last word of ``whole`` bits."""
+    left = 0
+    while (used + left) % whole:
+        left += 1
+    return left
 
 
 def trellis_sizes(shape, *, rate, row_scales):
@@ -108,11 +120,11 @@ def gguf_sizes(shape, *, type_name):
 
 
 def codebook_sizes(shape, *, index_bits, tile, group_size, scale_bits):
-    """Bits of what a grid of a codebook stores, counted one by one: (codes, scales)."""
+    """Bits of what a grid of a codebook stores, counted one by one: (codes, scales and what fills up rows)."""
     rows, columns = shape
     code = sum(index_bits for _ in range(rows) for _ in range(0, columns, tile))
     side = sum(scale_bits for _ in range(rows) for _ in range(0, columns, group_size or columns))
-    return code, side
+    return code, side + sum(unfilled(columns // tile * index_bits, 32) for _ in range(rows))
 
 
 def lloyd_max(levels, rounds):

@@ -34,7 +34,7 @@ def read_file(path: Path) -> dict[str, tuple[str, np.ndarray, bytes]]:
 def decode_folder(path: Path, quantization: dict) -> dict[str, np.ndarray]:
     """Every weight, in float64."""
     assert quantization["quant_method"] == "mezzotint"
-    assert quantization["format_version"] == 1
+    assert quantization["format_version"] == 2
     stored = read_file(path)
     weights = {}
     for module, number in quantization["modules"].items():
@@ -74,17 +74,25 @@ def decode(scheme: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
 def grouped(grid: dict, tensors: dict[str, np.ndarray], columns: int) -> np.ndarray:
     bits, size = grid["bits"], grid["group_size"] or columns
     group = np.arange(columns) // size
-    code = np.zeros((len(tensors["packed"]), columns), dtype=np.int64)
-    for row, words in enumerate(tensors["packed"].tolist()):
-        stream = sum(word << (32 * k) for k, word in enumerate(words))
-        code[row] = [stream >> (j * bits) & (2**bits - 1) for j in range(columns)]
-        assert stream >> (columns * bits) == 0
+    code = codes(tensors["packed"], 32, bits, columns)
     scale = tensors["scale"] if grid.get("scale_per") == "matrix" else tensors["scale"][:, group]
     if grid["kind"] == "lookup":
         tables = {"nf4": nf4, "gaussian": lambda: gaussian(2**bits), "even": lambda: np.linspace(-2.4, 2.4, 2**bits)}
         return scale * np.array(tables[grid["table"]]())[code]
     assert grid["kind"] == "uniform"
-    return scale * (code - (2 ** (bits - 1) if grid["symmetric"] else tensors["zero_point"].astype(int)[:, group]))
+    if grid["symmetric"]:
+        return scale * (code - 2 ** (bits - 1))
+    return scale * (code - codes(tensors["zero_point"], 8, bits, tensors["scale"].shape[1])[:, group])
+
+
+def codes(packed: np.ndarray, width: int, bits: int, count: int) -> np.ndarray:
+    """Of rows of words of ``width`` bits."""
+    code = np.zeros((len(packed), count), dtype=np.int64)
+    for row, words in enumerate(packed.tolist()):
+        stream = sum(word << (width * k) for k, word in enumerate(words))
+        code[row] = [stream >> (j * bits) & (2**bits - 1) for j in range(count)]
+        assert stream >> (count * bits) == 0
+    return code
 
 
 def turned(size: int, seed: int) -> np.ndarray:

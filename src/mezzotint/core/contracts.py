@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mezzotint.core.aims import Aim, Quadratic
+from mezzotint.core.bits import Bits
 from mezzotint.core.statistics import Statistics
 from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEdge, Reader, Role
 
@@ -136,18 +137,6 @@ class Transform(Protocol):
 
 
 # ---- grid and rounding ----------------------------------------------------------------------------------------------
-
-
-class Bits(NamedTuple):
-    """Exact storage of one matrix in bits: its codes, and everything else (scales, zero points, signs, padding)."""
-
-    code: int
-    side: int
-
-    @property
-    def total(self) -> int:
-        """Codes and side data."""
-        return self.code + self.side
 
 
 class Affine(NamedTuple):

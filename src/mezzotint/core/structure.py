@@ -20,6 +20,7 @@ class Matrix:
         expert: index into a 3-D parameter.
         transposed: stored ``[in, out]`` (Conv1D of GPT-2, gpt-oss experts).
         linear: stored as the weight of an ``nn.Linear``; packed formats of stock engines hold nothing else.
+        lookup: stored as the weight of an ``nn.Embedding``: rows are looked up, and have no inputs.
         bias: name of the bias parameter.
         tied_to: parameter this one shares storage with; counted once, quantized once or kept.
         fusion: engines that fuse store one scheme for all matrices of a class: ``3.qkv``, ``3.gate_up``, ``3.experts``.
@@ -32,6 +33,7 @@ class Matrix:
     expert: int | None = None
     transposed: bool = False
     linear: bool = True
+    lookup: bool = False
     bias: str | None = None
     tied_to: str | None = None
     fusion: str
@@ -126,8 +128,8 @@ class ModelMap:
 
     Attributes:
         blocks: in running order.
-        matrices: every matrix of every block, and the head, by canonical name.
-        embedding: parameter name of the token embedding.
+        matrices: the token embedding, every matrix of every block, and the head, by canonical name.
+        embedding: canonical name of the token embedding's matrix, ``[vocabulary, width]``.
         head: canonical name of the output head's matrix (``tied_to`` says if it shares the embedding), or None.
         final_norm: the normalisation before the head.
         parallel_residual: attention and MLP read the same stream and are added to it together.

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mezzotint.engines.linear import QuantizedLinear
+from mezzotint.engines.packed import Packed, QuantizedEmbedding, QuantizedLinear, TiedHead
 from mezzotint.errors import FormatError
 from mezzotint.formats.native import METHOD, Scheme, read_schemes
 
@@ -34,7 +34,9 @@ class MezzotintConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class MezzotintQuantizer(HfQuantizer):
-    """Puts a `QuantizedLinear` in the place of every packed module, and checks what was loaded into it.
+    """Puts a `Packed` module in the place of every one that is stored so, and checks what was loaded into it.
+
+    A head that is tied to a packed embedding becomes a `TiedHead`: one set of tensors serves both.
 
     ``save_pretrained`` writes the packed tensors as they are: the folder that comes out can be loaded again.
     """
@@ -51,20 +53,25 @@ class MezzotintQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._packed: dict[str, QuantizedLinear] = {}
+        self._packed: dict[str, Packed] = {}
         modules = dict(model.named_modules())
         for name, scheme in read_schemes(self.quantization_config.to_dict()).items():
             found = _find(model, modules, name)
             if found is None:
                 continue
             place, module = found
-            linear = _checked(name, module, scheme)
-            bias: nn.Parameter | None = linear.bias
+            module = _checked(name, module, scheme)
+            if isinstance(module, nn.Embedding):
+                embedding = QuantizedEmbedding.pack(module, scheme)
+                _share(model, place, embedding)
+                self._packed[name] = embedding
+                continue
+            bias: nn.Parameter | None = module.bias
             packed = QuantizedLinear(
                 scheme,
                 bias=bias is not None,
                 dtype=None if bias is None else bias.dtype,
-                device=linear.weight.device,
+                device=module.weight.device,
             )
             model.set_submodule(place, packed)
             self._packed[name] = packed
@@ -91,15 +98,24 @@ def _find(model: Any, modules: Mapping[str, nn.Module], name: str) -> tuple[str,
     )
 
 
-def _checked(name: str, linear: nn.Module, scheme: Scheme) -> nn.Linear:
-    if not isinstance(linear, nn.Linear):
+def _share(model: Any, place: str, embedding: QuantizedEmbedding) -> None:
+    """Heads that share the weight of an embedding get their products from the packed one."""
+    for target, owner in list(model.all_tied_weights_keys.items()):
+        if owner == f"{place}.weight":
+            name = target.removesuffix(".weight")
+            model.set_submodule(name, TiedHead(embedding, model.get_submodule(name).bias))
+            del model.all_tied_weights_keys[target]
+
+
+def _checked(name: str, module: nn.Module, scheme: Scheme) -> nn.Linear | nn.Embedding:
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
         raise FormatError(
-            f"{name} is packed, but this model has a {type(linear).__name__} there, not an nn.Linear. Quantize again "
-            "with --for dense."
+            f"{name} is packed, but this model has a {type(module).__name__} there, not an nn.Linear or nn.Embedding. "
+            "Quantize again with --for dense."
         )
-    if tuple(linear.weight.shape) != scheme.shape:
+    if tuple(module.weight.shape) != scheme.shape:
         raise FormatError(
-            f"{name} is packed with shape {scheme.shape}; config.json makes it {tuple(linear.weight.shape)}. Make or "
+            f"{name} is packed with shape {scheme.shape}; config.json makes it {tuple(module.weight.shape)}. Make or "
             "download the folder again."
         )
-    return linear
+    return module

@@ -17,9 +17,10 @@ from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError, unknown
 from mezzotint.formats.targets import module_of, refuses_tied
 from mezzotint.registry import GRIDS, TRANSFORMS, Registry
+from mezzotint.transforms.hadamard import Hadamard
 
 METHOD = "mezzotint"
-VERSION = 1
+VERSION = 2
 CHECKSUM = "weight_checksum"
 _BASIS = "weight_basis_"
 _UPDATE = "It was made by a later version, or is damaged: update mezzotint, or quantize the model again."
@@ -92,7 +93,7 @@ class Scheme:
 
 
 class Native:
-    """Every grid in every basis, for ``nn.Linear``; read by `mezzotint.engines` and nothing else yet.
+    """Every grid in every basis, for ``nn.Linear`` and the token embedding; read by `mezzotint.engines` alone yet.
 
     Tensors per module: ``weight_NAME`` for every tensor of `Grid.specs`, ``weight_basis_NAME`` for every one of
     `Transform.specs`, and ``weight_checksum`` int64 ``[1]``, the CRC-32 of the others. Grids and transforms say
@@ -105,9 +106,9 @@ class Native:
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.
 
-        Rules: ``linear-only``, ``renamed``, ``tied``.
+        Rules: ``linear-only``, ``renamed``, ``tied``, ``mixed-rows``.
         """
-        return _refuses_kind(matrix) or refuses_tied(matrix) or _refuses_name(matrix)
+        return _refuses_kind(matrix) or refuses_tied(matrix) or _refuses_name(matrix) or _refuses_mixing(entry, matrix)
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
         """Nothing: every matrix is on its own."""
@@ -226,13 +227,18 @@ def _settings(stage: Any) -> dict[str, Any]:
 
 
 def _refuses_kind(matrix: Matrix) -> Refusal | None:
-    whole = matrix.linear and not matrix.transposed and matrix.expert is None and len(matrix.sources) == 1
+    whole = (
+        (matrix.linear or matrix.lookup)
+        and not matrix.transposed
+        and matrix.expert is None
+        and len(matrix.sources) == 1
+    )
     if not whole or not matrix.sources[0].endswith(".weight"):
         return Refusal(
             rule="linear-only",
             what=matrix.name,
-            value="not the weight of an nn.Linear that is stored alone",
-            limit="the engine replaces nn.Linear only",
+            value="not the weight of an nn.Linear or nn.Embedding that is stored alone",
+            limit="the engine replaces these only",
             remedy="Keep it, or use --for dense.",
         )
     return None
@@ -248,6 +254,19 @@ def _refuses_name(matrix: Matrix) -> Refusal | None:
             remedy="Use --for dense.",
         )
     return None
+
+
+def _refuses_mixing(entry: Entry, matrix: Matrix) -> Refusal | None:
+    transform = entry.transform
+    if not matrix.lookup or transform is None or (isinstance(transform, Hadamard) and transform.sides == "input"):
+        return None
+    return Refusal(
+        rule="mixed-rows",
+        what=f"transform of {matrix.name}",
+        value=transform.kind,
+        limit="rows that are looked up must not be mixed with others",
+        remedy="Use transform.kind=hadamard with transform.sides=input, or none.",
+    )
 
 
 def _module(matrix: Matrix) -> str:

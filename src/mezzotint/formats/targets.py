@@ -49,10 +49,10 @@ def known_modules(model: ModelMap, further: Iterable[str] = ()) -> tuple[str, ..
     """Every module that an engine might take for a linear, in the order of the map.
 
     Args:
-        model: matrices and unmapped parameters count.
+        model: matrices and unmapped parameters count; what is looked up is none.
         further: module names outside the map, e.g. of linears outside the blocks.
     """
-    mapped = (name for matrix in model.matrices.values() for name in modules_of(matrix))
+    mapped = (name for matrix in model.matrices.values() if not matrix.lookup for name in modules_of(matrix))
     unmapped = (module_of(parameter) for parameter in model.unmapped)
     return tuple(dict.fromkeys((*mapped, *unmapped, *further)))
 

@@ -1,6 +1,5 @@
 """Grids of a fixed codebook: ``value = scale * codebook[code]`` with one scale per group of columns of a row."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from mezzotint.core.contracts import Bits
 from mezzotint.errors import ConfigError
 from mezzotint.grids import scales
 from mezzotint.grids.feedback import feed_tiles_
-from mezzotint.grids.packing import pack_codes, unpack_codes
+from mezzotint.grids.packing import pack_codes, unpack_codes, word_count
 
 Range = Literal["rms", "absmax", "error", "weighted"]
 
@@ -125,20 +124,16 @@ class CodebookGrid(ABC):
         return scales.storage_dtype(self.scale_dtype)
 
     def stored_bits(self, shape: tuple[int, int]) -> Bits:
-        """Codes and scales; the codebook itself is part of the program."""
-        rows, columns = shape
-        scales_stored = math.prod(self._stored_scales(shape))
-        return Bits(
-            code=rows * (columns // self.tile[1]) * self.index_bits,
-            side=scales_stored * self.storage_dtype.itemsize * 8,
-        )
+        """Codes; scales and what fills up the last word of a row. The codebook itself is part of the program."""
+        return Bits.of(shape[0] * (shape[1] // self.tile[1]) * self.index_bits, self.specs(shape))
 
     def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Codes packed as by `pack_codes`, and scales; the codebook follows from the settings."""
         rows, columns = shape
+        stored = self._stored_scales(shape)
         return {
-            "packed": (torch.int32, (rows, -(-columns // self.tile[1] * self.index_bits // 32))),
-            "scale": (self.storage_dtype, self._stored_scales(shape)),
+            "packed": (torch.int32, (rows, word_count(columns // self.tile[1], self.index_bits))),
+            "scale": (self.storage_dtype, stored),
         }
 
     def _stored_scales(self, shape: tuple[int, int]) -> tuple[int, int]:

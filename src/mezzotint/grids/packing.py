@@ -1,7 +1,7 @@
 """Codes of any width as a dense bit stream per row: `kernels.pack_bits` beyond 8 bits."""
 
 import torch
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
 from mezzotint import kernels
@@ -43,6 +43,38 @@ def unpack_codes(
         return parts.to(dtype)
     shifts = torch.arange(0, bits, part, device=packed.device, dtype=dtype)
     return (parts.unflatten(1, (n, bits // part)).to(dtype) << shifts).sum(2, dtype=dtype)
+
+
+def pack_bytes(code: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows bytes"]:
+    """Codes of at most 8 bits as in `pack_codes`, each row filled up to a whole byte instead of a word.
+
+    Example:
+        >>> pack_bytes(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3)  # 1 + 2 * 8 + 3 * 64
+        tensor([[209,   0]], dtype=torch.uint8)
+    """
+    words = kernels.pack_bits(code.contiguous(), bits)
+    return words.view(torch.uint8)[:, : byte_count(code.shape[1], bits)].contiguous()
+
+
+def unpack_bytes(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tensor, "rows {n}"]:
+    """The inverse of `pack_bytes`: the first ``n`` codes of every row.
+
+    Example:
+        >>> unpack_bytes(torch.tensor([[209, 0]], dtype=torch.uint8), 3, 3)
+        tensor([[1, 2, 3]], dtype=torch.uint8)
+    """
+    words = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+    return kernels.unpack_bits(words, bits, n)
+
+
+def word_count(n: int, bits: int) -> int:
+    """Words of 32 bits that a row of ``n`` codes takes."""
+    return -(-n * bits // 32)
+
+
+def byte_count(n: int, bits: int) -> int:
+    """Bytes that a row of ``n`` codes takes."""
+    return -(-n * bits // 8)
 
 
 def _part(bits: int) -> int:

@@ -100,10 +100,7 @@ class TrellisGrid:
 
     def stored_bits(self, shape: tuple[int, int]) -> Bits:
         """Codes of the weights; padding to whole tiles, and scales: float16 a row or float32 a matrix."""
-        rows, columns = shape
-        tiles = -(-rows // SIDE) * -(-columns // SIDE)
-        code = -(-rows * columns * self.rate // 8)
-        return Bits(code=code, side=tiles * 32 * self.rate - code + (16 * rows if self.scale_per == "row" else 32))
+        return Bits.of(-(-shape[0] * shape[1] * self.rate // 8), self.specs(shape))
 
     def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Codes of whole tiles, and scales: of the rows without padding, or of the matrix."""

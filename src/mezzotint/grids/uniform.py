@@ -12,6 +12,7 @@ from mezzotint import kernels
 from mezzotint.core.contracts import Affine, Bits
 from mezzotint.errors import ConfigError
 from mezzotint.grids import scales
+from mezzotint.grids.packing import byte_count, pack_bytes, unpack_bytes, word_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +79,20 @@ class UniformGrid:
         return scales.storage_dtype(self.scale_dtype)
 
     def stored_bits(self, shape: tuple[int, int]) -> Bits:
-        """Codes, scales and (asymmetric) zero points."""
-        rows, columns = shape
-        groups = rows * -(-columns // self.columns_per_group(columns))
-        per_group = self.storage_dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
-        return Bits(code=rows * columns * self.bits, side=groups * per_group)
+        """Codes; scales, (asymmetric) zero points and what fills up the last word and byte of a row."""
+        return Bits.of(shape[0] * shape[1] * self.bits, self.specs(shape))
 
     def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Codes packed as by `kernels.pack_bits`, scales, and (asymmetric) zero points of a byte each."""
+        """Codes packed as by `kernels.pack_bits`, scales, and (asymmetric) zero points as by `pack_bytes`."""
         rows, columns = shape
-        groups = rows, -(-columns // self.columns_per_group(columns))
+        groups = -(-columns // self.columns_per_group(columns))
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "packed": (torch.int32, (rows, -(-columns * self.bits // 32))),
-            "scale": (self.storage_dtype, groups),
+            "packed": (torch.int32, (rows, word_count(columns, self.bits))),
+            "scale": (self.storage_dtype, (rows, groups)),
         }
-        return found if self.symmetric else {**found, "zero_point": (torch.uint8, groups)}
+        return (
+            found if self.symmetric else {**found, "zero_point": (torch.uint8, (rows, byte_count(groups, self.bits)))}
+        )
 
     def restore(
         self, shape: tuple[int, int], stored: Mapping[str, Tensor]
@@ -109,7 +109,7 @@ class UniformGrid:
         scale = stored["scale"].float()
         if self.symmetric:
             return scale, torch.full_like(scale, 2.0 ** (self.bits - 1))
-        return scale, stored["zero_point"].float()
+        return scale, unpack_bytes(stored["zero_point"], self.bits, scale.shape[1]).float()
 
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedUniform":
         """Scales and zero points for one target, by the setting ``range``.
@@ -205,7 +205,9 @@ class FittedUniform:
             "packed": kernels.pack_bits(code.contiguous(), self.grid.bits),
             "scale": self.scale.to(self.grid.storage_dtype),
         }
-        return found if self.grid.symmetric else {**found, "zero_point": self.zero_point.to(torch.uint8)}
+        if self.grid.symmetric:
+            return found
+        return {**found, "zero_point": pack_bytes(self.zero_point.to(torch.uint8), self.grid.bits)}
 
     def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Scales rounded to the dtype they are stored in."""

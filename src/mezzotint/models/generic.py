@@ -49,13 +49,11 @@ def infer(skeleton: PreTrainedModel, checkpoint: BoundCheckpoint | None) -> Mode
     """
     path, blocks, trace = _watch_blocks(skeleton)
     draft = _Draft(skeleton, checkpoint, trace, path)
+    embedding = _embedding(draft)
     mapped = tuple(_block(draft, index, block) for index, block in enumerate(blocks))
-    if not draft.matrices:
+    if len(draft.matrices) == 1:
         raise ModelError(f"no linear was found in the {len(blocks)} blocks of {path!r}: nothing can be quantized.")
-    if not trace.embeddings:
-        raise ModelError("no parameter is looked up with the token ids. Give a model that reads token ids.")
-    embedding = trace.embeddings[0]
-    head, final_norm = _head(draft, embedding)
+    head, final_norm = _head(draft, draft.matrices[embedding].parameter)
     return ModelMap(
         blocks=mapped,
         matrices=draft.matrices,
@@ -260,6 +258,26 @@ def _norm(draft: _Draft, number: int) -> NormEdge | None:
         Reader(p.parameter, p.transposed) for p in products if stages.get(p.parameter, p.operand).number == number
     )
     return None if form is None else form.edge(path, readers, on_stream=path in draft.trace.norms_of_stream)
+
+
+def _embedding(draft: _Draft) -> str:
+    """Adds the table that tokens are looked up in; gives its canonical name."""
+    if not draft.trace.embeddings:
+        raise ModelError("no parameter is looked up with the token ids. Give a model that reads token ids.")
+    name = draft.trace.embeddings[0]
+    path, _, attribute = name.rpartition(".")
+    plain = path if attribute == "weight" else name
+    rows, width = draft.skeleton.get_parameter(name).shape
+    draft.matrices[plain] = Matrix(
+        name=plain,
+        parameter=name,
+        sources=() if draft.checkpoint is None else draft.checkpoint.sources(name),
+        shape=(rows, width),
+        linear=False,
+        lookup=isinstance(draft.skeleton.get_submodule(path), nn.Embedding),
+        fusion=plain,
+    )
+    return plain
 
 
 def _head(draft: _Draft, embedding: str) -> tuple[str | None, NormEdge | None]:

@@ -144,7 +144,6 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
                 streams,
                 sensitivities,
                 choices,
-                in_file=planned.plan.format != "dense",
                 latency=latency,
                 progress=partial(tell, "pricing"),
             )

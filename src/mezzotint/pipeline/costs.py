@@ -1,5 +1,6 @@
 """What a run costs, predicted from shapes: memory of the process, and floating-point work."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def estimate(
     inner = max(sum({m.shape[1] for m in block}) for block in blocks)
     both = any("drift" in entry.needs for entry in entries)
     waiting = tokens * (2 * hidden + inner) * _FLOAT * (1 + both)
-    embedding = source.skeleton.get_parameter(source.map.embedding).numel() * _FLOAT
+    embedding = math.prod(matrices[source.map.embedding].shape) * _FLOAT
     running = max(embedding, block_bytes + _BATCH_COPIES * BATCH_TOKENS * inner * _FLOAT) if tokens else 0
     fixed = BASE_BYTES + running + solver
     keep_runs = memory is None or fixed + stream + waiting <= memory

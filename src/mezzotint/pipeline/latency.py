@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mezzotint.core.contracts import Grid, Transform
-from mezzotint.engines.linear import QuantizedLinear
+from mezzotint.engines.packed import QuantizedLinear
 from mezzotint.formats.native import Scheme
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet

@@ -38,7 +38,7 @@ def noise_insertion(
     Args:
         source: the original.
         windows: text.
-        matrices: names in the map, or the parameter of the embedding.
+        matrices: names in the map.
         energy: relative, ``e``; small enough for the loss to grow in proportion, large enough to be seen.
         seed: of the noise.
         device: where blocks run.
@@ -49,9 +49,8 @@ def noise_insertion(
     Raises:
         ConfigError: there is no matrix of a name.
     """
-    known = source.map.matrices.keys() | {source.map.embedding}
     for name in matrices:
-        if name not in known:
+        if name not in source.map.matrices:
             raise ConfigError(f"{source.folder.name!r} has no matrix {name!r}. Give names that its plan shows.")
     total = len(source.map.blocks) + len(matrices)
     done = 0
@@ -89,12 +88,14 @@ class _Noise:
     def __init__(self, borders: Borders, name: str, energy: float, seed: int) -> None:
         self.borders = borders
         places = {m: b.index for b in borders.source.map.blocks for group in b.groups for m in group.matrices}
-        self._matrix = borders.source.map.matrices.get(name)
+        structure = borders.source.map
+        self._matrix = structure.matrices[name]
         self._energy = energy
         self._seed = seed
         self._block = places.get(name)
-        self.in_head = self._matrix is not None and name == borders.source.map.head
-        self._in_embedding = self._matrix is None or self._matrix.tied_to is not None
+        tied = structure.head is not None and structure.matrices[structure.head].tied_to is not None
+        self.in_head = name == structure.head or (tied and name == structure.embedding)
+        self._in_embedding = name == structure.embedding or (tied and name == structure.head)
         self._table: Tensor | None = None
 
     def outputs(self, bypass: Bypass, store: Store) -> None:
@@ -113,24 +114,25 @@ class _Noise:
         borders = self.borders
         if not self._in_embedding:
             return borders.get(borders.last if self._block is None else self._block, window)
-        table = borders.source.skeleton.get_parameter(borders.source.map.embedding)
-        with self._swapped(table):
+        embedding = borders.source.map.matrices[borders.source.map.embedding]
+        with self._swapped(borders.source.skeleton.get_parameter(embedding.parameter)):
             return bypass.record(borders.tokens(window), borders.mask(window))[0]
 
     @contextmanager
     def head(self) -> Iterator[None]:
         """While the head is the changed one, if it is."""
-        if self._matrix is None or not self.in_head:
+        if not self.in_head:
             yield
             return
-        with self._swapped(self.borders.source.skeleton.get_parameter(self._matrix.parameter)):
+        structure = self.borders.source.map
+        assert structure.head is not None
+        with self._swapped(self.borders.source.skeleton.get_parameter(structure.matrices[structure.head].parameter)):
             yield
 
     @contextmanager
     def _inserted(self, here: bool) -> Iterator[None]:
         """Noise in the block that is in memory, if it is the one."""
         if here:
-            assert self._matrix is not None
             parameter = self.borders.source.skeleton.get_parameter(self._matrix.parameter)
             weight = self._matrix.view(parameter.data)
             weight.copy_(self._noisy(weight))

@@ -186,7 +186,6 @@ def price(
     sensitivities: Mapping[str, Sensitivity],
     choices: Mapping[str, Sequence[Grid]],
     *,
-    in_file: bool,
     latency: Latency | None,
     progress: Callable[[int, int], None],
 ) -> Mapping[str, tuple[Price, ...]]:
@@ -199,7 +198,6 @@ def price(
         sensitivities: of all matrices of the plan.
         choices: `menus`.
         latency: measures the time of every choice; None where time is no matter.
-        in_file: bits are those of the file; otherwise those that the grid and the basis need.
         progress: told of matrices done.
     """
     # weights stay what they are, so both streams are the same and no drift is needed
@@ -217,11 +215,7 @@ def price(
         progress(done, len(entries))
 
     def size(entry: Entry, grid: Grid) -> int:
-        matrix = source.map.matrices[entry.matrix]
-        if not in_file:
-            return stored_bits(grid, entry.basis, matrix.shape).total
-        dtype = source.checkpoint.tensors[matrix.sources[0]].dtype
-        return sum(8 * spec.nbytes for spec in planned.form.specs(matrix, grid, dtype, entry.basis))
+        return stored_bits(planned.form, source.map.matrices[entry.matrix], grid, entry.basis).total
 
     def seconds(entry: Entry, grid: Grid) -> float:
         if latency is None:

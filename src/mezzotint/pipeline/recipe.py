@@ -29,7 +29,17 @@ from mezzotint.registry import (
     Registry,
 )
 
-STAGES = ("target", "transform", "grid", "rounding", "refinement", "submodules", "compensation", "allocation")
+STAGES = (
+    "target",
+    "transform",
+    "grid",
+    "rounding",
+    "refinement",
+    "embeddings",
+    "submodules",
+    "compensation",
+    "allocation",
+)
 
 
 class Rule(BaseModel):
@@ -61,6 +71,9 @@ class Recipe(BaseModel):
     ``matrices`` are dotted settings of single matrices by canonical name, on top of everything else: an allocation is
     written down so.
 
+    Attributes:
+        embeddings: grid of the token embedding, and with it of a head that shares its storage; ``none`` keeps it.
+
     Example:
         >>> Recipe(grid={"kind": "uniform", "bits": 3}, rounding={"kind": "nearest"}).stages().grid.bits
         3
@@ -76,6 +89,7 @@ class Recipe(BaseModel):
     grid: dict[str, Any] = {"kind": "uniform"}
     rounding: dict[str, Any] = {"kind": "gptq"}
     refinement: dict[str, Any] = {"kind": "none"}
+    embeddings: dict[str, Any] = {"kind": "none"}
     allocation: dict[str, Any] = {"kind": "none"}
     submodules: dict[str, Any] = {"kind": "none"}
     compensation: dict[str, Any] = {"kind": "none"}
@@ -119,6 +133,7 @@ class Recipe(BaseModel):
             grid=build("grid", settings["grid"], GRIDS),
             rounding=build("rounding", settings["rounding"], ROUNDINGS),
             refinement=_optional("refinement", settings["refinement"], REFINEMENTS),
+            embeddings=_optional("embeddings", settings["embeddings"], GRIDS),
             allocation=_optional("allocation", settings["allocation"], ALLOCATIONS),
             submodules=_optional("submodules", settings["submodules"], SUBMODULES),
             compensation=_optional("compensation", settings["compensation"], COMPENSATIONS),
@@ -162,6 +177,7 @@ class Stages:
     grid: Grid
     rounding: Rounding
     refinement: Refinement | None
+    embeddings: Grid | None
     allocation: Knapsack | None
     submodules: Submodules | None
     compensation: Compensation | None

@@ -160,9 +160,10 @@ class _Backward:
         self._diagonal = diagonal
         self._sums: dict[str, _Sums] = {}
         self._window = 0
-        head = None if self._source.map.head is None else self._source.map.matrices[self._source.map.head]
-        self._head = head
-        self._tied = head is not None and head.tied_to is not None
+        structure = self._source.map
+        self._embedding = structure.matrices[structure.embedding]
+        self._head = None if structure.head is None else structure.matrices[structure.head]
+        self._tied = self._head is not None and self._head.tied_to is not None
         self._counts = [sum(map(len, borders.scored(window))) for window in range(len(borders))]
         if not sum(self._counts):
             raise CalibrationError("no window has two tokens in a row, so nothing is predicted. Give longer windows.")
@@ -176,17 +177,17 @@ class _Backward:
             step()
         self._through_embedding()
         step()
-        embedding = [] if self._tied else [self._source.map.embedding]
-        order = [*embedding, *(name for name in self._source.map.matrices if name in self._sums)]
+        order = [name for name in self._source.map.matrices if name in self._sums]
         return {name: self._sums[name].result(self._counts) for name in order}
 
     def _through_head(self) -> None:
         """From labels drawn from the model's own predictions to the last block's output."""
         with self._surroundings(head=True) as bypass:
             weight = None if self._head is None else self._source.skeleton.get_parameter(self._head.parameter)
-            if self._head is not None and weight is not None:
+            matrix = self._embedding if self._tied else self._head  # what is shared goes by its owner's name
+            if matrix is not None and weight is not None:
                 weight.requires_grad_(True)
-                self._start(self._head, weight.detach())
+                self._start(matrix, weight.detach())
             for window in range(len(self._borders)):
                 tokens = self._borders.tokens(window)
                 hidden = self._borders.pop(self._borders.last, window).detach().requires_grad_(True)
@@ -199,9 +200,9 @@ class _Backward:
                     labels = sampled(logits.detach(), uniform[positions])
                     token_nll(logits, labels).sum().backward()
                 self._keep(self._borders.last, window, hidden.grad)
-                if self._head is not None and weight is not None and weight.grad is not None:
+                if matrix is not None and weight is not None and weight.grad is not None:
                     gradient, weight.grad = weight.grad, None
-                    self._add(self._head, window, gradient)
+                    self._add(matrix, window, gradient)
                     if self._tied:
                         self._borders.put(self._borders.last + 1, window, gradient[tokens.unique()])
 
@@ -218,15 +219,12 @@ class _Backward:
 
     def _through_embedding(self) -> None:
         """From the first block's input to the table that tokens are looked up in."""
-        name = self._source.map.embedding
+        name = self._embedding.name
         with self._surroundings(head=False) as bypass:
-            table = self._source.skeleton.get_parameter(name)
+            table = self._source.skeleton.get_parameter(self._embedding.parameter)
             table.requires_grad_(True)
-            if self._tied:
-                assert self._head is not None
-                name = self._head.name
-            else:
-                self._sums[name] = _Sums(table.detach(), len(self._borders))
+            if not self._tied:
+                self._start(self._embedding, table.detach())
             for window in range(len(self._borders)):
                 tokens = self._borders.tokens(window)
                 hidden, _ = bypass.record(tokens, self._borders.mask(window))

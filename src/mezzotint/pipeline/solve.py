@@ -145,7 +145,7 @@ class Solver:
         self._notify(
             MatrixRecord(
                 name=solved.matrix.name,
-                bits_per_weight=solved.result.bits().total / original.numel(),
+                bits_per_weight=self._entries[solved.matrix.name].bits.total / original.numel(),
                 weight_error=_energy(solved.value - original) / max(_energy(original), 1e-30),
                 h_error=_measured(original, solved.value, solved.known.fit),
                 h_error_held_out=_measured(original, solved.value, solved.known.held_out),

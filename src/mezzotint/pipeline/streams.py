@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mezzotint.calibration import Windows
 from mezzotint.core.precision import products_in
 from mezzotint.core.statistics import Accumulator, Statistics
+from mezzotint.core.structure import Matrix
 from mezzotint.errors import ModelError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
@@ -134,6 +135,14 @@ class Streams:
                 self._quantized.put(index, hidden)
                 if index in self._carried:
                     self._original.put(index, hidden)
+
+    def embed(self, matrix: Matrix, table: Float[Tensor, "vocabulary width"]) -> None:
+        """Begin the quantized stream again with other embeddings; what else blocks are called with stays."""
+        with surroundings(self._source, head=False, dtype=self.dtype, device=self._device) as bypass:
+            matrix.view(self._source.skeleton.get_parameter(matrix.parameter).data).copy_(table)
+            for index, batch in enumerate(self.batches):
+                mask = None if batch.mask is None else batch.mask.to(self._device)
+                self._quantized.put(index, bypass.record(batch.tokens.to(self._device), mask)[0])
 
     def run_original(self, block: int, module: nn.Module, wanted: Mapping[int, frozenset[str]]) -> None:
         """Advance the full-precision stream through the block, whose weights are still the original ones.

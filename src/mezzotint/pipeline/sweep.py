@@ -84,7 +84,9 @@ class Sweep:
         self._last_streamed = len(source.map.blocks) - 1 if self._head_needs or to_the_end else max(needing, default=-1)
 
     def run(self) -> None:
-        """All blocks, then the head if it is to be quantized."""
+        """The embedding, all blocks and the head, as far as they are to be quantized."""
+        if self._source.map.embedding in self._entries:
+            self._embedding(self._source.map.matrices[self._source.map.embedding])
         for block in self._source.map.blocks:
             started = time.perf_counter()
             submodules: Mapping[str, Mapping[str, float]] = {}
@@ -112,6 +114,16 @@ class Sweep:
                 with self._streams.products():
                     statistics = self._streams.head_statistics(needs)
             self._from_checkpoint([head], _place(len(self._source.map.blocks), 0), *statistics)
+
+    def _embedding(self, matrix: Matrix) -> None:
+        """Quantize the table that tokens are looked up in; the quantized stream begins with what it holds then."""
+        weight = matrix.view(self._source.checkpoint.parameter(matrix.parameter).to(self._device))
+        check_finite(matrix.name, weight)
+        place = _place(len(self._source.map.blocks), 1)
+        for solved in self._solver.solve([(matrix, weight)], None, None, place=place):
+            self._solver.deliver(solved)
+            if self._streams is not None:
+                self._streams.embed(matrix, solved.value)
 
     def _needs(self, block: Block) -> bool:
         names = [name for group in block.groups for name in group.matrices]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
 from mezzotint import kernels
@@ -175,6 +175,14 @@ class HadamardBasis:
         """``y = S Ho y'`` of every token, after the matrix in this basis; float32, or float64 if ``y`` is."""
         rotated = kernels.hadamard(y, self.blocks[0])
         return rotated.mul_(self._scale(rotated))
+
+    def take_rows(self, rows: Int[Tensor, " rows"]) -> "HadamardBasis":
+        """The basis of some rows; with ``sides="input"`` every row has one of its own."""
+        assert self.settings.sides == "input", "rows are mixed with others"
+        scale = self.output_scale[rows]
+        taken = replace(self, shape=(len(scale), self.shape[1]), output_scale=scale)
+        taken._ready.update({key: value for key, value in self._ready.items() if key[0] == "sign"})  # noqa: SLF001
+        return taken
 
     def _right(self, values: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
         return kernels.hadamard(values * self._sign(values), self.blocks[1])
