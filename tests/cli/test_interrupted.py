@@ -17,18 +17,20 @@ from mezzotint.errors import MezzotintError, RunError, WriteError
 from mezzotint.formats.folder import OutputFolder
 from mezzotint.models import open_model
 from mezzotint.pipeline.solve import Solver
-from pipeline.runs import TEXT, TINY_LLAMA, quantized
+from pipeline.runs import TEXT, TINY_LLAMA, least_memory, quantized
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 Run = Callable[..., Any]
 
 
-@pytest.mark.parametrize("memory", [(), ("--memory", "1")])
+@pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("after", [0, 3, 25, 60])
 def test_a_disk_that_fills_up(
-    after: int, memory: tuple[str, ...], mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, spilled: bool, mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = after
+    least = least_memory(TINY_LLAMA, "default", samples=4, seqlen=32)
+    memory = ("--memory", str(least)) if spilled else ()
     pwrite = os.pwrite
 
     def full(*arguments: Any) -> int:

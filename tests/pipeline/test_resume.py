@@ -45,7 +45,7 @@ def partial(out: Path) -> Path:
 
 
 def weights_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors*"))}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,9 @@ def test_twenty_kills(seed: int, overrides: dict[str, Any], tmp_path: Path) -> N
         ("llama", "qep-gptq", (11,), {"grid.kind": "trellis", "transform.kind": "hadamard", "grid.bits": 2.5}),
         ("mixtral", "qep-gptq", (3, 9, 20), {}),
         ("gpt2", "loaq-gptq", (3, 6), {}),
+        ("llama", "awq", (2, 5, 9), {}),
+        ("llama", "lpcd-gptq", (3, 10), {}),
+        ("llama", "gptq", (4, 9), {"compensation.kind": "lora", "compensation.rank": 2}),
     ],
 )
 def test_stopped_after_some_matrices(
@@ -181,6 +184,35 @@ def test_stopped_at_the_rename(llama: Path, whole: Path, tmp_path: Path, monkeyp
             quantized(llama, tmp_path / "out", RECIPE)
     quantized(llama, tmp_path / "out", RECIPE, resume=True)
     assert_same(tmp_path / "out", whole)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_gguf_file(llama: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"engine": "llama.cpp", "settings": {"grid.kind": "gguf"}}
+    quantized(llama, tmp_path / "whole", "rtn", **options)
+    stop_after(9, llama, tmp_path / "out", "rtn", **options)
+    quantized(llama, tmp_path / "out", "rtn", resume=True, **options)
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
+
+
+@pytest.mark.usefixtures("eager")
+def test_an_allocation_with_two_candidates(llama: Path, tmp_path: Path) -> None:
+    settings = {"allocation.kind": "knapsack", "allocation.windows": 2, "allocation.guard": True, "grid.group_size": 32}
+    options: dict[str, Any] = {"bits": 3.6, "settings": settings}
+    quantized(llama, tmp_path / "whole", "gptq", **options)
+    seen: set[int] = set()
+
+    def listener(event: Any) -> None:
+        seen.add(event.done if event.stage == "quantizing" else 0)
+        if {14, 3} <= seen and event.done == 3:  # in the second candidate
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        quantized(llama, tmp_path / "out", "gptq", listener=listener, **options)
+    assert sorted(path.name for path in partial(tmp_path / "out").iterdir()) == ["allocated", "uniform.partial"]
+    quantized(llama, tmp_path / "out", "gptq", resume=True, **options)
+    assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
+    assert not partial(tmp_path / "out").exists()
 
 
 def test_nothing_to_resume_starts(llama: Path, whole: Path, tmp_path: Path) -> None:

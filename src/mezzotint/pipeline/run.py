@@ -15,6 +15,7 @@ from mezzotint.models import Source
 from mezzotint.pipeline.adapter import FOLDER, Adapter
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.memory import return_freed_memory
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report, peak_rss_bytes, read_report, rss_bytes
@@ -74,6 +75,8 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
         check_space(out, planned.plan.bytes * planned.form.copies)
     folder = OutputFolder(out, resume=resume)
     work = Work(folder.partial, identity_of(source, planned), resume=resume)
+    if request.memory is not None:
+        return_freed_memory()
     run = _Run(source, planned, work, clock, listener or (lambda _: None))
     try:
         report = run.work()

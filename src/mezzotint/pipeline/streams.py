@@ -15,7 +15,7 @@ from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import ModelError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
-from mezzotint.pipeline.costs import BATCH_TOKENS
+from mezzotint.pipeline.memory import BATCH_TOKENS
 from mezzotint.pipeline.residency import Budget, Store
 from mezzotint.pipeline.saved import Index, Saved, save
 

@@ -260,8 +260,11 @@ class Sweep:
         if not group.added_to_residual or group.experts:
             needs -= {"residual"}
         scaling = self._scaling(group) if "residual" in needs else None
+        judged = needs & frozenset().union(*(self._entries[n].judges for n in group.matrices if n in self._entries))
         sums = {
-            (expert, held): Accumulator(width, needs, rows=matrices[0].shape[0], device=self._device)
+            (expert, held): Accumulator(
+                width, judged if held else needs, rows=matrices[0].shape[0], device=self._device
+            )
             for expert, width in widths.items()
             for held in (False, True)
         }
