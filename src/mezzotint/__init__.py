@@ -52,6 +52,7 @@ def quantize(
     *,
     out: str | Path,
     listener: "Listener | None" = None,
+    resume: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Quantize a model folder into another one and return the report.
@@ -61,6 +62,7 @@ def quantize(
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
         out: folder to make; it must not exist, or be empty.
         listener: told of progress.
+        resume: continue the work of an interrupted run with the same arguments; without any, start.
         **overrides: see `plan`.
 
     Raises:
@@ -68,7 +70,7 @@ def quantize(
     """
     from mezzotint.pipeline import budgeted
 
-    return budgeted.quantize(_request(model, recipe, **overrides), Path(out), listener)
+    return budgeted.quantize(_request(model, recipe, **overrides), Path(out), listener, resume=resume)
 
 
 def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any) -> "Planned":

@@ -39,6 +39,10 @@ class WriteError(RunError, OSError):
     """Writing failed half-way, for example because the disk is full."""
 
 
+class VanishedError(RunError, ModelError, OSError):
+    """A file of the model vanished or shrank after the plan was made."""
+
+
 class NotPositiveDefiniteError(RunError, ArithmeticError):
     """A Hessian could not be factored."""
 

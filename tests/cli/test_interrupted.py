@@ -1,6 +1,7 @@
 """Runs that fail or are killed: nothing that looks like a finished model is left."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -15,19 +16,21 @@ import pytest
 from mezzotint.errors import MezzotintError, RunError, WriteError
 from mezzotint.formats.folder import OutputFolder
 from mezzotint.models import open_model
-from mezzotint.pipeline.sweep import Sweep
-from pipeline.runs import TEXT, TINY_LLAMA, quantized
+from mezzotint.pipeline.solve import Solver
+from pipeline.runs import TEXT, TINY_LLAMA, least_memory, quantized
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 Run = Callable[..., Any]
 
 
-@pytest.mark.parametrize("memory", [(), ("--memory", "1")])
+@pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("after", [0, 3, 25, 60])
 def test_a_disk_that_fills_up(
-    after: int, memory: tuple[str, ...], mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, spilled: bool, mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = after
+    least = least_memory(TINY_LLAMA, "default", samples=4, seqlen=32)
+    memory = ("--memory", str(least)) if spilled else ()
     pwrite = os.pwrite
 
     def full(*arguments: Any) -> int:
@@ -45,7 +48,17 @@ def test_a_disk_that_fills_up(
     assert answer.stderr.count("error:") == 1
     assert "space" in answer.stderr
     assert "Traceback" not in answer.stderr
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    left = [path.name for path in tmp_path.iterdir()]
+    if after == 0:
+        assert left == []
+    else:
+        assert left == ["out.partial"]
+        assert "--resume continues it" in answer.stderr
+        assert not (tmp_path / "out.partial" / "config.json").exists()
+    finished = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL, *memory, "--resume")
+    assert finished.code == 0, finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_cannot_be_synced(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,15 +72,41 @@ def test_a_folder_that_cannot_be_synced(mezzotint: Run, tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stop_from_the_keyboard(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+def test_ctrl_c_stops_after_the_matrix(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve, solved = Solver._one, []
 
-    monkeypatch.setattr(Sweep, "_group", stop)
+    def press(solver: Solver, matrix: Any, *arguments: Any) -> Any:
+        if len(solved) == 10:
+            signal.raise_signal(signal.SIGINT)
+        solved.append(matrix.name)
+        return solve(solver, matrix, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Solver, "_one", press)
+        answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL)
+    assert answer.code == 1
+    assert len(solved) == 11
+    assert "stopping after this matrix" in answer.stderr
+    assert "stopped" in answer.stderr
+    assert "the same command with --resume continues it" in answer.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    events = [json.loads(line) for line in (tmp_path / "out.partial" / "work" / "log.jsonl").read_text().splitlines()]
+    assert [event["name"] for event in events if event["event"] == "linear"] == solved
+    assert mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL, "--resume").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_ctrl_c_stops_at_once(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(Solver, "_one", press)
     answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL)
     assert answer.code == 1
-    assert "stopped" in answer.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "--resume continues it" in answer.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_place_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +147,8 @@ def test_a_killed_run(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     names = {path.name for path in partial.iterdir()}
     assert "model.safetensors" in names
-    assert names.isdisjoint({"config.json", "mezzotint.json", "tokenizer.json"})
-    assert not any(name.startswith("stream-") for name in names)
+    assert names == {"model.safetensors", "shards.written", "work"}
+    assert not any(path.name.startswith("stream-") for path in partial.rglob("*"))
     # even with the rest put beside them, the weights are none that anybody reads
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(TINY_LLAMA / name, partial / name)

@@ -1,10 +1,12 @@
 """Everything that can be wrong with a request: exit 2, one message that says what to do, nothing written."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from safetensors.torch import save_file
 from pipeline.runs import TEXT, TINY_LLAMA, quantized, tensors_of, tiny
 
 Refused = Callable[..., str]
+Run = Callable[..., Any]
+SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -214,6 +218,16 @@ def test_missing_text(refused: Refused, tmp_path: Path) -> None:
 def test_unusable_text(name: str, data: bytes, parts: tuple[str, ...], refused: Refused, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     contains(refused(TINY_LLAMA, "--calibration", tmp_path / name), *parts)
+
+
+def test_too_little_memory_says_how_much_is_enough(refused: Refused, mezzotint: Run, tmp_path: Path) -> None:
+    told = refused(TINY_LLAMA, "--memory", "100MiB")
+    contains(told, "--memory is 100MiB", "--samples")
+    enough = re.search(r"needs at least (\d+MiB)", told)
+    assert enough is not None
+    assert mezzotint("plan", TINY_LLAMA, *SMALL, "--memory", enough[1]).code == 0
+    less = f"{int(enough[1].removesuffix('MiB')) - 1}MiB"
+    assert mezzotint("plan", TINY_LLAMA, *SMALL, "--memory", less).code == 2
 
 
 def test_too_large_to_sample_from(refused: Refused) -> None:

@@ -64,6 +64,11 @@ def plan_of(model: Path, recipe: Any = "gptq", **options: Any) -> Planned:
     return make_plan(opened(model), request_of(model, recipe, **options))
 
 
+def least_memory(model: Path, recipe: Any = "gptq", **options: Any) -> int:
+    """The smallest ``memory`` that is not refused: everything that can be spilled is."""
+    return plan_of(model, recipe, **options).costs.least_memory_bytes
+
+
 @cache
 def opened(folder: Path) -> Source:
     """A model opened once, for what fills no skeleton."""

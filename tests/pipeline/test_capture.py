@@ -1,6 +1,7 @@
 """Passes through blocks that stop at each input group: what they see, and how often blocks run."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs, stops
 from mezzotint.pipeline.streams import surroundings
 from mezzotint.pipeline.sweep import Sweep
 from mezzotint.pipeline.tokens import aligned, token_weights
-from pipeline.runs import TINY_LLAMA, assert_same_bits, quantized, stock
+from pipeline.runs import TINY_LLAMA, assert_same_bits, least_memory, quantized, stock
 
 Folder = Callable[[str], Path]
 DENSE_BLOCKS = [
@@ -210,23 +211,46 @@ class Counter:
         return hook
 
 
+def test_a_run_that_starts_anew_leaves_nothing_behind() -> None:
+    """Activations of a forward that stood still inside a block are freed at once, not when garbage is collected."""
+    source = open_model(TINY_LLAMA)
+    block = source.map.blocks[0]
+    with surroundings(source, head=False, dtype=torch.float32, device="cpu") as bypass:
+        hidden, calls = bypass.record(tokens_of(), None)
+    made: list[weakref.ref[Tensor]] = []
+    with filled(source, block) as module:
+        norm = module.get_submodule("post_attention_layernorm")
+        handle = norm.register_forward_hook(lambda _, __, output: made.append(weakref.ref(output)))
+        run = BlockRun(module, lambda: hidden, calls[0], keep=False)
+        gc.disable()
+        try:
+            run.reach(3)
+            run.reach(3)
+            assert [one() for one in made] == [None, None]
+        finally:
+            gc.enable()
+            handle.remove()
+
+
 @pytest.mark.parametrize(
     ("settings", "memory", "passes"),
     [
         # passes of fit batches and of held-out batches; four groups a block
         ({}, None, (1, 2)),
         ({"target.kind": "qep"}, None, (2, 2)),
-        ({"target.kind": "qep"}, 1, (1 + 5, 1 + 5)),
+        ({"target.kind": "qep"}, "least", (1 + 5, 1 + 5)),
         ({"rounding.kind": "nearest", "grid.range": "error"}, None, (0, 0)),
     ],
 )
 def test_each_block_runs_once_a_stream(
-    settings: dict[str, Any], memory: int | None, passes: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any], memory: str | None, passes: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     counter = Counter(monkeypatch)
     monkeypatch.setattr(streams, "BATCH_TOKENS", 64)  # 2 windows a batch: 14 fit windows, 2 held out
-    quantized(TINY_LLAMA, tmp_path / "out", settings=settings, memory=memory, samples=16)
+    monkeypatch.setattr("mezzotint.pipeline.memory.BATCH_TOKENS", 64)
+    limit = None if memory is None else least_memory(TINY_LLAMA, settings=settings, samples=16)
+    quantized(TINY_LLAMA, tmp_path / "out", settings=settings, memory=limit, samples=16)
     expected = 7 * passes[0] + passes[1]
     assert set(counter.calls.values()) == ({expected} if expected else set())
     assert torch.is_grad_enabled()

@@ -63,14 +63,14 @@ def tiles(old, new):
 
 
 UNIFORM = {
-    "wrong triangle": inverse("(lower, identity, upper=True)", "(lower.t(), identity, upper=False)"),
-    "upper factor of H, not of its inverse": inverse("upper=upper, perm", "upper=lower.t().triu(), perm"),
-    "not flipped": inverse("matrix.flip(0, 1)", "matrix"),
+    "wrong triangle": inverse("upper=matrix.mT", "upper=matrix"),
+    "upper factor of H, not of its inverse": inverse("    _invert_upper_(matrix)\n", ""),
+    "not flipped": inverse("order.flip(0)", "order"),
     "damping forgotten": damped("diagonal.add_(damping * diagonal.mean())", "diagonal.add_(0)"),
     "damping by the sum": damped("damping * diagonal.mean()", "damping * diagonal.sum()"),
     "damping not relative": damped("damping * diagonal.mean()", "damping"),
-    "factor not permuted": damped("gram[permutation][:, permutation]", "gram.clone()"),
-    "only rows permuted": damped("gram[permutation][:, permutation]", "gram[permutation]"),
+    "factor not permuted": inverse("order.flip(0)", "torch.arange(width).flip(0)"),
+    "only rows permuted": damped("_permuted(gram, permutation)", "gram[permutation]"),
     "increasing order": order("descending=True", "descending=False"),
     "missing division by U_jj": kernel(") / factor[j, j]", ")"),
     "division by U_jj squared": kernel(") / factor[j, j]", ") / factor[j, j] ** 2"),

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mezzotint.cli import tables
 from mezzotint.cli.options import Asked, Engine, Json, Model, RecipeName, asks
+from mezzotint.cli.stop import stopping
 from mezzotint.errors import ConfigError, MezzotintError, RunError
 from mezzotint.pipeline.request import Request
 
@@ -34,6 +35,12 @@ class Exit(IntEnum):
     WRONG_REQUEST = 2
 
 
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue what an interrupted run left beside --out; start if nothing is there."),
+]
+
+
 @app.command()
 @asks
 def quantize(
@@ -45,6 +52,7 @@ def quantize(
     recipe: RecipeName = "default",
     engine: Engine = None,
     asked: Asked,
+    resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,8 +64,8 @@ def quantize(
         request = asked.request(model, recipe, engine)
         if dry_run:
             return _planned(request, errors if as_json else Console(), None)
-        with tables.progress(errors) as listener:
-            result = budgeted.quantize(request, out, listener)
+        with tables.progress(errors) as listener, stopping(errors) as stop:
+            result = budgeted.quantize(request, out, lambda event: stop(listener(event)), resume=resume)
         if not as_json:
             tables.show_result(result, Console())
         return result
@@ -149,15 +157,21 @@ def finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Do the work of a command: errors to stderr, its object to stdout if asked for, and the exit code."""
     try:
         result = work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         errors.print("[red]stopped.[/red] Nothing was written under the output's name.")
+        _print_notes(error)
         raise typer.Exit(Exit.FAILED) from None
     except MezzotintError as error:
-        for line in (str(error), *getattr(error, "__notes__", ())):
-            errors.print(f"[bold red]error:[/bold red] {tables.escape(line)}")
+        errors.print(f"[bold red]error:[/bold red] {tables.escape(str(error))}")
+        _print_notes(error)
         raise typer.Exit(Exit.FAILED if isinstance(error, RunError) else Exit.WRONG_REQUEST) from None
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _print_notes(error: BaseException) -> None:
+    for line in getattr(error, "__notes__", ()):
+        errors.print(tables.escape(line))
 
 
 def main() -> None:

@@ -49,21 +49,46 @@ def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[Any], None]]:
-    """One bar per stage of a run, with the last block's error beside it."""
-    with _bars(console) as bars:
+def progress(console: Console) -> Iterator[Callable[[Any], Any]]:
+    """One bar per stage of a run: time left, memory, the last matrix and the last block's error; gives events back."""
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+    with bars:
         tasks: dict[str, Any] = {}
+        behind = ""
 
-        def listen(event: Any) -> None:
+        def listen(event: Any) -> Any:
+            nonlocal behind
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
-            task = tasks[event.stage]
-            bars.update(task, completed=event.done, total=event.total)
-            relative = getattr(event.record, "relative_error", None)
+            record = event.record
+            relative = getattr(record, "relative_error", None)
             if relative is not None:
-                bars.update(task, note=f"block {event.record.index}: held-out error {relative:.2%}")
+                behind = f"block {record.index}: held-out error {relative:.2%}"
+            parts = [
+                None if event.seconds_left is None else f"{duration(event.seconds_left)} left",
+                None if event.memory_bytes is None else size(event.memory_bytes),
+                None if record is None else behind,
+                getattr(record, "name", None),
+            ]
+            note = " | ".join(part for part in parts if part)
+            bars.update(tasks[event.stage], completed=event.done, total=event.total, note=note)
+            return event
 
         yield listen
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def show_plan(planned: Any, console: Console) -> None:
@@ -137,10 +162,14 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
         ("without scales and zero points", f"{result['bits_per_weight_without_side_data']:.3f}"),
         ("size of all tensors", size(result["output_bytes"])),
         ("time", f"{result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of processor)"),
-        ("peak memory", size(result["peak_rss_bytes"])),
+        ("peak memory", f"{size(result['peak_rss_bytes'])} ({size(result['promised_peak_memory_bytes'])} promised)"),
     ]
     if blocks:
         rows.append(("held-out error of the last block", f"{blocks[-1]['relative_error']:.2%}"))
+    measured = [linear for linear in result["linears"] if linear["h_error_held_out"] is not None]
+    if measured:
+        worst = max(measured, key=lambda linear: linear["h_error_held_out"])
+        rows.append(("largest held-out error of a matrix", f"{worst['h_error_held_out']:.2%} ({worst['name']})"))
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -52,6 +52,7 @@ class Target(Protocol):
         norm_scale: where a residual is collected, inputs and stream of each token are divided by the root mean square
             of the stream that its output makes: of each stream's own (``own``), of the full-precision one for both
             (``original``), or not at all (``none``).
+        decides: by the statistics of held-out tokens.
     """
 
     kind: ClassVar[str]
@@ -59,6 +60,8 @@ class Target(Protocol):
 
     @property
     def norm_scale(self) -> Literal["none", "own", "original"]: ...  # noqa: D102
+    @property
+    def decides(self) -> bool: ...  # noqa: D102
 
     def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
         """The aim for ``weight``; ``fit`` and ``held_out`` are disjoint sets of tokens."""

@@ -58,6 +58,12 @@ class Entry:
         own = self.target.needs | self.rounding.needs | self.grid.needs | transform | refinement
         return own.union(*beside)
 
+    @property
+    def judges(self) -> frozenset[str]:
+        """Statistics of the held-out windows: those that decide something, and what the report measures errors in."""
+        decides = self.refinement is not None or self.submodules is not None or self.target.decides
+        return self.needs if decides else self.needs & {"gram"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mezzotint.errors import NotPositiveDefiniteError
 
+_PANEL = 256  # columns or rows at a time
 DAMPING_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 
 
@@ -45,7 +46,7 @@ def damped(
 
     A dead column has zero row and column, so it neither receives nor gives corrections: it is rounded to nearest.
     """
-    matrix = gram.clone() if permutation is None else gram[permutation][:, permutation]
+    matrix = gram.clone() if permutation is None else _permuted(gram, permutation)
     diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal.add_(damping * diagonal.mean())
@@ -58,8 +59,8 @@ def inverse_cholesky_upper(
 ) -> Factor:
     """Upper-triangular ``U`` with ``inv(H) = U' U`` for the damped, permuted Hessian (GPTQ, Alg. 1).
 
-    One Cholesky and one triangular inverse; no explicit inverse of H. With ``J`` the exchange matrix
-    (``J @ x`` is ``x.flip(0)``):
+    One Cholesky and one triangular inverse; no explicit inverse of H, and one matrix of memory, which becomes the
+    factor. With ``J`` the exchange matrix (``J @ x`` is ``x.flip(0)``):
 
         J H J = L L'   =>   H = (J L J) (J L J)'   =>   U = inv(J L J)
 
@@ -71,16 +72,59 @@ def inverse_cholesky_upper(
     Raises:
         NotPositiveDefiniteError: names the column at which the factorisation broke down.
     """
-    matrix = damped(gram, damping, permutation)
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    del matrix
-    if int(info) != 0:
-        column = gram.shape[0] - int(info)
-        raise _not_definite(gram, damping, column if permutation is None else int(permutation[column]))
-    lower = lower.flip(0, 1)
-    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=True)
-    return Factor(upper=upper, permutation=permutation, damping=damping)
+    width = gram.shape[0]
+    order = torch.arange(width, device=gram.device) if permutation is None else permutation
+    matrix = damped(gram, damping, order.flip(0))
+    failed = _cholesky_(matrix)
+    if failed is not None:
+        raise _not_definite(gram, damping, int(order[width - 1 - failed]))
+    # matrix is L'; the inverse of J L J is the transpose of that of J L' J
+    _invert_upper_(matrix)
+    _flip_(matrix)
+    return Factor(upper=matrix.mT, permutation=permutation, damping=damping)
+
+
+def _permuted(matrix: Float[Tensor, "in in"], order: Int[Tensor, " in"]) -> Float[Tensor, "in in"]:
+    """``P matrix P'``, made of panels of rows: indexing both at once would take another matrix."""
+    result = torch.empty_like(matrix)
+    for start in range(0, len(order), _PANEL):
+        rows = order[start : start + _PANEL]
+        torch.index_select(matrix[rows], 1, order, out=result[start : start + _PANEL])
+    return result
+
+
+def _cholesky_(matrix: Float[Tensor, "in in"]) -> int | None:
+    """Replaces a symmetric matrix by ``R`` upper triangular with ``R' R`` equal to it; gives the column that failed."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    # what LAPACK works on lies column by column: so nothing is copied, and its lower factor is the upper one by rows
+    torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+    return int(info) - 1 if int(info) != 0 else None
+
+
+def _invert_upper_(matrix: Float[Tensor, "in in"]) -> None:
+    """Replaces an upper triangular matrix by its inverse, a panel of columns at a time (as LAPACK's trtri)."""
+    for start in range(0, matrix.shape[0], _PANEL):
+        end = start + _PANEL
+        block = matrix[start:end, start:end]
+        identity = torch.eye(len(block), dtype=matrix.dtype, device=matrix.device)
+        inverse = torch.linalg.solve_triangular(block, identity, upper=True)
+        above = matrix[:start, start:end]
+        above.copy_(matrix[:start, :start] @ above @ inverse.neg())
+        block.copy_(inverse)
+
+
+def _flip_(matrix: Float[Tensor, "in in"]) -> None:
+    """Reverses rows and columns, a panel of rows at a time."""
+    width = matrix.shape[0]
+    for start in range(0, width // 2, _PANEL):
+        end = min(start + _PANEL, width // 2)
+        top, bottom = matrix[start:end], matrix[width - end : width - start]
+        kept = top.flip(0, 1)
+        top.copy_(bottom.flip(0, 1))
+        bottom.copy_(kept)
+    if width % 2:
+        middle = matrix[width // 2]
+        middle.copy_(middle.flip(0))
 
 
 def with_enough_damping(factorise: Callable[[float], Factor], damping: float) -> Factor:
@@ -103,10 +147,11 @@ def cholesky_upper(gram: Float[Tensor, "in in"], damping: float) -> Factor:
     Raises:
         NotPositiveDefiniteError: names the column at which the factorisation broke down.
     """
-    upper, info = torch.linalg.cholesky_ex(damped(gram, damping), upper=True)
-    if int(info) != 0:
-        raise _not_definite(gram, damping, int(info) - 1)
-    return Factor(upper=upper, permutation=None, damping=damping)
+    matrix = damped(gram, damping)
+    failed = _cholesky_(matrix)
+    if failed is not None:
+        raise _not_definite(gram, damping, failed)
+    return Factor(upper=matrix, permutation=None, damping=damping)
 
 
 def _not_definite(gram: Float[Tensor, "in in"], damping: float, column: int) -> NotPositiveDefiniteError:

@@ -92,7 +92,10 @@ class Statistics:
 
     def solve(self, right: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
         """``right (gram + damping * mean(diag) I)^-1``, at the damping of `ridge`."""
-        return torch.cholesky_solve(right.t(), self.ridge(damping).upper, upper=True).t()
+        upper = self.ridge(damping).upper
+        # two triangular solves: `cholesky_solve` copies the factor
+        half = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
+        return torch.linalg.solve_triangular(upper.mT, half, upper=False, left=False)
 
 
 def block_ldl_ratio(statistics: Statistics, tile: int, damping: float, order: str = "natural") -> float:

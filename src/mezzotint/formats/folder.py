@@ -157,7 +157,8 @@ class OutputFolder:
         self.resumed = self.partial.exists() and (not self.partial.is_dir() or any(self.partial.iterdir()))
         if self.resumed and (not resume or not self.partial.is_dir()):
             raise OutputError(
-                f"{self.partial} holds the unfinished work of an earlier run. Remove it, or choose another --out."
+                f"{self.partial} holds the unfinished work of an earlier run. Continue it with --resume, remove it, or "
+                "choose another --out."
             )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)

@@ -6,19 +6,21 @@ import os
 import struct
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from mezzotint.core.dtypes import SAFETENSORS_NAMES
 from mezzotint.core.files import TensorSpec
-from mezzotint.errors import ModelError, OutputError
+from mezzotint.errors import OutputError, VanishedError
 from mezzotint.formats.folder import no_space, sync_folder, write_json
 
 JOURNAL = "shards.written"
@@ -46,7 +48,8 @@ class ShardWriter:
     the same bytes, whatever the order. Within a shard wide elements come first, so that every tensor is aligned.
 
     The eight bytes that give a header's length are written last: until `close` no reader takes a file for a finished
-    one. What `checkpoint` has recorded survives a killed process: ``resume=True`` continues behind it.
+    one. What was `put` before a `checkpoint` survives a killed process, with a checksum: ``resume=True`` continues
+    behind it. What was only copied is copied again.
 
     Example:
         >>> import tempfile
@@ -64,6 +67,7 @@ class ShardWriter:
         shard_bytes: int | float = 5e9,
         metadata: Mapping[str, str] | None = None,
         resume: bool = False,
+        journal_bytes: int | None = None,
     ) -> None:
         """Lay out the files.
 
@@ -73,9 +77,10 @@ class ShardWriter:
             shard_bytes: a shard is closed before it gets larger; a larger tensor is a shard of its own.
             metadata: of the header; ``{"format": "pt"}`` if None, as transformers expects.
             resume: continue a folder that a writer with the same arguments left behind, if there is one.
+            journal_bytes: what an earlier `checkpoint` gave: what was recorded after it is forgotten.
 
         Raises:
-            OutputError: no space, or what lies in the folder to be resumed has another layout.
+            OutputError: no space, or what lies in the folder to be resumed has another layout or other bytes.
         """
         self.folder = folder
         self._specs = {spec.name: spec for spec in specs}
@@ -85,15 +90,19 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._claimed: set[str] = set()
         self._done: set[str] = set()
+        self._checksums: dict[str, int] = {}
         self._recorded: set[str] = set()
         self._files: dict[Path, int] = {}
         self._closed = False
         journal = folder / JOURNAL
         if resume and journal.exists():
-            self._recorded = _read_journal(journal) & self._specs.keys()
+            self._checksums = _read_journal(journal, journal_bytes)
+            self._recorded = self._checksums.keys() & self._specs.keys()
             self._claimed |= self._recorded
             self._done |= self._recorded
         elif not (resume and self._finished()):
+            if journal_bytes is not None:
+                raise OutputError(f"{journal} is missing. Remove {folder} and start anew.")
             for shard in self._shards:
                 shard.path.unlink(missing_ok=True)
             journal.write_bytes(b"")
@@ -102,6 +111,7 @@ class ShardWriter:
         try:
             for shard in self._shards:
                 self._open(shard)
+            self._verify()
         except OSError:
             self.release()
             raise
@@ -129,35 +139,44 @@ class ShardWriter:
         with self._writing(name) as (target, start):
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             _write_all(target, flat.data, start)
+            checksum = zlib.crc32(flat.data)
+        with self._lock:
+            self._checksums[name] = checksum
 
     def copy(self, name: str, path: Path, offset: int) -> None:
         """Copy the bytes of one tensor of the list from a file, unchanged and in bounded memory.
 
         Raises:
-            ModelError: the file ends before the tensor does.
+            VanishedError: the file is gone, or ends before the tensor does.
             OutputError: no space on the disk.
         """
         size = self._specs[name].nbytes
-        with self._writing(name) as (target, start), path.open("rb", buffering=0) as source:
+        with self._writing(name) as (target, start), _source(path) as source:
             copied = _copy_range(source.fileno(), offset, target, start, size)
             if copied < size:
-                raise ModelError(
+                raise VanishedError(
                     f"{path} is truncated: {name} takes {size} bytes from {offset}, {copied} are there. "
-                    "Download the model again."
+                    "It was complete when the run began; put it back as it was."
                 )
 
-    def checkpoint(self) -> None:
-        """Record durably what has been written: a resumed writer continues from here."""
+    def checkpoint(self) -> int:
+        """Record durably what has been put: a resumed writer continues from here.
+
+        Returns:
+            Length of the journal, for ``journal_bytes``.
+        """
         with self._lock:
-            new = [name for name in self._specs if name in self._done and name not in self._recorded]
+            new = {name: found for name, found in self._checksums.items() if name not in self._recorded}
         for file in self._files.values():
             os.fsync(file)
         # Data first: a name in the journal is a promise that its bytes are on the disk.
         with (self.folder / JOURNAL).open("ab") as journal:
-            journal.write("".join(json.dumps(name) + "\n" for name in new).encode())
+            journal.write("".join(json.dumps(item) + "\n" for item in new.items()).encode())
             journal.flush()
             os.fsync(journal.fileno())
+            size = journal.tell()
         self._recorded.update(new)
+        return size
 
     def close(self) -> None:
         """Check that every tensor was written, make the files readable and sync them; a second call does nothing.
@@ -175,6 +194,8 @@ class ShardWriter:
                 f"{self.folder}: {len(missing)} of {len(self._specs)} tensors were never written: {shown}. "
                 "The files are incomplete; run again."
             )
+        for file in self._files.values():
+            os.fsync(file)  # all tensors before the first header says that they are there
         for shard in self._shards:
             _write_all(self._files[shard.path], memoryview(struct.pack("<Q", len(shard.header))), 0)
             os.fsync(self._files[shard.path])
@@ -226,6 +247,22 @@ class ShardWriter:
             if not known:
                 _reserve(file, shard.size)
                 _write_all(file, memoryview(shard.header), 8)
+            elif self.missing:
+                _write_all(file, memoryview(bytes(8)), 0)  # it may have been killed while it closed its files
+
+    def _verify(self) -> None:
+        """Check the bytes of what an earlier writer recorded."""
+        for name in self._recorded & self._checksums.keys():
+            shard = self._shard_of[name]
+            found, start, rest = 0, shard.starts[name], self._specs[name].nbytes
+            while rest:
+                data = os.pread(self._files[shard.path], min(_CHUNK, rest), start)
+                found, start, rest = zlib.crc32(data, found), start + len(data), rest - len(data)
+            if found != self._checksums[name]:
+                raise OutputError(
+                    f"{shard.path} is damaged: the bytes of {name} are not those that were written. "
+                    f"Remove {self.folder} and start anew."
+                )
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[tuple[int, int]]:
@@ -293,12 +330,14 @@ def _starts_with(shard: _Shard, expected: bytes, *, skip: int = 0) -> bool:
         return file.read(len(expected)) == expected
 
 
-def _read_journal(path: Path) -> set[str]:
-    """The recorded names; a last line that a killed run left torn is cut off."""
+def _read_journal(path: Path, size: int | None) -> dict[str, int]:
+    """The recorded names and checksums; cut off behind ``size``, or a last line that a killed run left torn."""
     data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
+    if size is not None and len(data) < size:
+        raise OutputError(f"{path} is truncated: {len(data)} of {size} bytes. Remove {path.parent} and start anew.")
+    end = data[:size].rfind(b"\n") + 1
     os.truncate(path, end)
-    return {json.loads(line) for line in data[:end].splitlines()}
+    return dict(json.loads(line) for line in data[:end].splitlines())
 
 
 def _reserve(file: int, size: int) -> None:
@@ -311,6 +350,13 @@ def _reserve(file: int, size: int) -> None:
             if error.errno not in _UNSUPPORTED:
                 raise
     os.ftruncate(file, size)
+
+
+def _source(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise VanishedError(f"{path} cannot be opened any more ({error.strerror}). Put it back as it was.") from error
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

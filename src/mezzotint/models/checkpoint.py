@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.dtypes import SAFETENSORS_DTYPES
-from mezzotint.errors import ModelError
+from mezzotint.errors import ModelError, VanishedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,15 +185,23 @@ def _fill(value: Tensor, path: Path, offset: int) -> None:
         return
     target = memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise gone(path, f"cannot be opened any more ({error.strerror})") from error
     try:
         while done < len(target):
             count = os.preadv(descriptor, [target[done : done + MAX_READ_BYTES]], offset + done)
             if count == 0:
-                raise _truncated(path, offset + len(target), path.stat().st_size)
+                raise gone(path, f"is truncated to {path.stat().st_size} bytes")
             done += count
     finally:
         os.close(descriptor)
+
+
+def gone(path: Path, how: str) -> VanishedError:
+    """The error for a file that was there when its header was read."""
+    return VanishedError(f"{path} {how}; it was complete when the run began. Put it back as it was.")
 
 
 def _truncated(path: Path, expected: int, size: int) -> ModelError:

@@ -1,5 +1,6 @@
 """Low-rank compensations of a run, written as a PEFT adapter beside the model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from mezzotint.core.contracts import Matrix
 from mezzotint.core.files import Entry
 from mezzotint.errors import ConfigError
 from mezzotint.formats.folder import write_json
+from mezzotint.pipeline.saved import Saved
 from mezzotint.pipeline.solve import Solved, trusted
 from mezzotint.submodules.lora import Factors, Lora
 
 FOLDER = "adapter"
 _STORED = torch.bfloat16
+_PREFIX = "base_model.model."
 
 
 class Adapter:
@@ -22,12 +25,18 @@ class Adapter:
 
     Args:
         settings: of the compensation.
+        saved: what `named` gave in an earlier process.
     """
 
-    def __init__(self, settings: Lora) -> None:
+    def __init__(self, settings: Lora, saved: Saved | None = None) -> None:
         self._settings = settings
-        self._tensors: dict[str, Tensor] = {}
-        self._modules: list[str] = []
+        self._tensors: dict[str, Tensor] = {} if saved is None else {name: saved.read(name) for name in saved.names}
+        ends = _PREFIX, ".lora_A.weight"
+        self._modules = [name[len(ends[0]) : -len(ends[1])] for name in self._tensors if name.endswith(ends[1])]
+
+    def named(self) -> Iterable[tuple[str, Tensor]]:
+        """All factors so far, for ``saved``."""
+        return self._tensors.items()
 
     def compensated(self, solved: Solved) -> Tensor:
         """The dense values of a quantized matrix with its compensation, as both will run together."""
@@ -38,14 +47,14 @@ class Adapter:
         module = solved.matrix.parameter.rpartition(".")[0]
         self._modules.append(module)
         for name, part in (("lora_A", stored.down), ("lora_B", stored.up)):
-            self._tensors[f"base_model.model.{module}.{name}.weight"] = part.contiguous().cpu()
+            self._tensors[f"{_PREFIX}{module}.{name}.weight"] = part.contiguous().cpu()
         return solved.value + Factors(*(part.to(solved.value) for part in stored)).change
 
     def write(self, folder: Path, base: str) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder that does not exist yet."""
-        folder.mkdir()
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder."""
+        folder.mkdir(exist_ok=True)  # of a process that was killed behind this
         save_file(self._tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        ranks = {module: self._tensors[f"base_model.model.{module}.lora_A.weight"].shape[0] for module in self._modules}
+        ranks = {module: self._tensors[f"{_PREFIX}{module}.lora_A.weight"].shape[0] for module in self._modules}
         rank = max(ranks.values())
         write_json(
             folder / "adapter_config.json",

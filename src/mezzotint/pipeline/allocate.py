@@ -136,7 +136,9 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
     sensitivities = _sensitivities(source, planned, knapsack, tell)
     latency = None if knapsack.tokens_per_second is None else Latency()
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch:
-        streams = calibrated_streams(source, planned, (), Path(scratch))
+        assert planned.calibration is not None
+        windows = calibration_windows(source, planned.calibration, request, lambda *_: None)
+        streams = calibrated_streams(source, planned, (), windows, Path(scratch))
         try:
             prices = price(
                 source,

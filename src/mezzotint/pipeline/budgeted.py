@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mezzotint.errors import WriteError
+from mezzotint.errors import ConfigError, WriteError
 from mezzotint.formats.folder import OutputFolder, write_json
 from mezzotint.pipeline import run
 from mezzotint.pipeline.allocate import Allocated, allocated
@@ -14,8 +14,9 @@ from mezzotint.pipeline.command import command_of
 from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.evaluate import compare
 from mezzotint.pipeline.plan import Planned, make_plan
-from mezzotint.pipeline.report import REPORT_NAME
+from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.resume import STATE
 from mezzotint.pipeline.run import Listener, Progress
 from mezzotint.pipeline.source import local_folder, open_original
 
@@ -34,7 +35,7 @@ def plan(request: Request, listener: Listener | None = None) -> tuple[Planned, A
     return run.plan(request if found is None else found.request), found
 
 
-def quantize(request: Request, out: Path, listener: Listener | None = None) -> dict[str, Any]:
+def quantize(request: Request, out: Path, listener: Listener | None = None, *, resume: bool = False) -> dict[str, Any]:
     """Quantize a model folder into ``out`` and return the report.
 
     With an allocation that is guarded, two candidates are made, allocated and with the same grid everywhere. Both are
@@ -44,20 +45,21 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
         request: what is asked for.
         out: folder to make; it must not exist, or be empty.
         listener: told of progress.
+        resume: continue the work that lies in ``out.partial``; bits are allocated again.
 
     Raises:
         MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
     """
     if request.recipe.stages().allocation is None:
-        return run.quantize(request, out, listener)
-    folder = OutputFolder(out)
+        return run.quantize(request, out, listener, resume=resume)
+    folder = OutputFolder(out, resume=resume)
     try:
         found = _allocated(request, listener)
         assert found is not None
         candidates = {"allocated": found.request}
         if found.knapsack.guard and found.uniform is not None:
             candidates["uniform"] = found.uniform
-        reports = {name: run.quantize(one, folder.partial / name, listener) for name, one in candidates.items()}
+        reports = {name: _candidate(one, folder.partial / name, listener, resume) for name, one in candidates.items()}
         evidence = found.as_json()
         kept = "allocated"
         if len(candidates) > 1:
@@ -73,13 +75,24 @@ def quantize(request: Request, out: Path, listener: Listener | None = None) -> d
         )
         write_card(folder.partial / kept, local_folder(request.model))
     except BaseException:
-        shutil.rmtree(folder.partial, ignore_errors=True)
+        if not folder.resumed and next(folder.partial.rglob(STATE), None) is None:
+            shutil.rmtree(folder.partial, ignore_errors=True)
         raise
     try:
         folder.finish(kept)
     except OSError as error:  # the result is complete, and stays where the message says
         raise WriteError(str(error)) from error
     return report
+
+
+def _candidate(request: Request, out: Path, listener: Listener | None, resume: bool) -> dict[str, Any]:
+    """One of the folders to choose from, or what an earlier process made of the same plan."""
+    if resume and (out / REPORT_NAME).is_file():
+        report = read_report(out)
+        if report["plan"]["fingerprint"] != run.plan(request).plan.fingerprint:
+            raise ConfigError(f"{out} was made for another request. Remove {out.parent}, or choose another --out.")
+        return {"out": str(out), **report}
+    return run.quantize(request, out, listener, resume=resume)
 
 
 def _allocated(request: Request, listener: Listener | None) -> Allocated | None:

@@ -23,6 +23,7 @@ from mezzotint.models.skeleton import quiet
 from mezzotint.pipeline.costs import SAMPLING_BYTES, CalibrationPlan
 from mezzotint.pipeline.plan import Planned
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.saved import Saved
 from mezzotint.pipeline.streams import Streams
 
 _SELF_BATCH = 64
@@ -55,8 +56,10 @@ def calibrated_streams(
     source: Source,
     planned: Planned,
     entries: Sequence[Entry],
+    windows: Windows,
     folder: Path,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    *,
+    saved: Saved | None = None,
 ) -> Streams:
     """The two streams on the windows of a plan, for these of its entries.
 
@@ -64,12 +67,12 @@ def calibrated_streams(
         source: the original.
         planned: its calibration must not be None.
         entries: what will ask for statistics.
+        windows: `calibration_windows` of the plan.
         folder: where activations spill to.
-        progress: told of windows sampled.
+        saved: hidden states of an interrupted run.
     """
     request = planned.request
-    assert planned.calibration is not None
-    fit, held_out = calibration_windows(source, planned.calibration, request, progress).split(seed=request.seed)
+    fit, held_out = windows.split(seed=request.seed)
     return Streams(
         source,
         fit,
@@ -80,6 +83,7 @@ def calibrated_streams(
         keep_runs=planned.costs.keep_runs,
         device=request.device,
         precision=planned.precision,
+        saved=saved,
     )
 
 

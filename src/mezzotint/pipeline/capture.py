@@ -196,7 +196,7 @@ class BlockRun:
                 assert self._run is not None
                 self.noted = self._run.noted
                 if not self._keep:
-                    self._run = None
+                    self._leave()
                 return stop[2]
 
     def restart(self) -> None:
@@ -210,6 +210,12 @@ class BlockRun:
             if not (isinstance(result, tuple) and result[0] == "stop"):
                 self._run = None
                 return result[1]
+
+    def _leave(self) -> None:
+        """Unwind the forward where it stands; merely forgotten, it would hold its activations as garbage."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.throw()
 
     def _advance(self) -> tuple[Any, ...]:
         if self._run is None:

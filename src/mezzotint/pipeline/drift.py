@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mezzotint.errors import ConfigError
-from mezzotint.pipeline.calibrate import calibrated_streams
+from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.plan import make_plan
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.solve import MatrixRecord, Solver
@@ -71,7 +71,9 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
             passed(len(behind), total)
 
     with TemporaryDirectory(prefix="mezzotint-") as folder:
-        streams = calibrated_streams(source, planned, entries, Path(folder))
+        assert planned.calibration is not None
+        windows = calibration_windows(source, planned.calibration, request, lambda *_: None)
+        streams = calibrated_streams(source, planned, entries, windows, Path(folder))
         solver = Solver({e.matrix: e for e in entries}, sink=lambda *_: None, notify=notify, seed=request.seed)
         sweep = Sweep(source, entries, streams, solver=solver, notify=notify, device=request.device, to_the_end=True)
         try:

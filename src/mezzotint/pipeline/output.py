@@ -22,12 +22,22 @@ class Output:
         source: the original.
         planned: says which tensors there are.
         folder: of the unfinished output.
+        resume: continue what another process wrote there.
+        journal_bytes: up to where its journal counts, see `checkpoint`.
     """
 
-    def __init__(self, source: Source, planned: Planned, folder: Path) -> None:
+    def __init__(
+        self,
+        source: Source,
+        planned: Planned,
+        folder: Path,
+        *,
+        resume: bool = False,
+        journal_bytes: int | None = None,
+    ) -> None:
         self._source = source
         self._planned = planned
-        self._writer = ShardWriter(folder, planned.layout.specs)
+        self._writer = ShardWriter(folder, planned.layout.specs, resume=resume, journal_bytes=journal_bytes)
         self._quantized = {entry.matrix for entry in planned.plan.entries}
         self._waiting: dict[frozenset[str], dict[str, Tensor]] = {}
         self._missing: dict[frozenset[str], set[str]] = {}
@@ -52,7 +62,8 @@ class Output:
 
     def rewrite(self, parameters: Sequence[str]) -> None:
         """Write parameters that were changed, and that no matrix replaces, as the checkpoint gives them now."""
-        copied = set(self._planned.layout.copied)
+        # what is there already was written by the process before, from the same scales
+        copied = set(self._planned.layout.copied).intersection(self._writer.missing)
         for parameter in parameters:
             if copied.isdisjoint(self._source.checkpoint.sources(parameter)):
                 continue
@@ -69,6 +80,10 @@ class Output:
             if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES:
                 check_finite(name, self._source.checkpoint.checkpoint.read(name))
             self._writer.copy(name, Path(info.path), info.offset)
+
+    def checkpoint(self) -> int | None:
+        """Record durably what is written, and give the journal's length; None while matrices wait for others."""
+        return None if self._waiting else self._writer.checkpoint()
 
     def close(self) -> None:
         """Check that everything was written, and sync."""

@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,8 @@ def full_report(
     output_bytes: int,
     out: str,
     original_bytes: int,
-    seconds: float,
-    cpu_seconds: float,
-    times: dict[str, float],
+    spent: Mapping[str, float],
+    times: Mapping[str, float],
 ) -> dict[str, Any]:
     """The report of a finished run.
 
@@ -81,9 +80,8 @@ def full_report(
         output_bytes: of all tensors, as they were written.
         out: name of the output folder.
         original_bytes: of all tensors of the original.
-        seconds: from start to end.
-        cpu_seconds: of processor, all threads.
-        times: seconds of each stage.
+        spent: ``seconds``, ``cpu_seconds`` and ``peak_rss_bytes`` of all processes that worked on it.
+        times: seconds by stage.
     """
     request = planned.request
     linears = [as_json(r) for r in records if isinstance(r, MatrixRecord)]
@@ -101,10 +99,8 @@ def full_report(
         "recipe": request.recipe.model_dump(mode="json"),
         "command": command_of(request, planned.calibration, out),
         "seed": request.seed,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "times": times,
-        "peak_rss_bytes": peak_rss_bytes(),
+        **spent,
+        "times": dict(times),
         "promised_peak_memory_bytes": planned.plan.peak_memory_bytes,
         "output_bytes": output_bytes,
         "original_bytes": original_bytes,
@@ -121,6 +117,12 @@ def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far, mapped pages included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process now, or None where the system does not tell."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else None
 
 
 def cpu_seconds() -> float:

@@ -3,21 +3,24 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mezzotint.errors import RunError, WriteError
+from mezzotint.calibration import Windows
+from mezzotint.errors import MezzotintError, RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import FOLDER, Adapter
-from mezzotint.pipeline.calibrate import calibrated_streams
+from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.memory import return_freed_memory
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.plan import Planned, make_plan
-from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report
+from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report, peak_rss_bytes, read_report, rss_bytes
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.resume import WORK, Keeper, Work, identity_of
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
@@ -27,12 +30,19 @@ from mezzotint.submodules.lora import Lora
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run is: ``done`` of ``total`` steps of a ``stage``, and the last record."""
+    """How far a run is: ``done`` of ``total`` steps of a ``stage``, and the last record.
+
+    Attributes:
+        seconds_left: predicted from the weights that are left; None while nothing is known.
+        memory_bytes: of the process now.
+    """
 
     stage: str
     done: int
     total: int
     record: MatrixRecord | BlockRecord | None = None
+    seconds_left: float | None = None
+    memory_bytes: int | None = None
 
 
 Listener = Callable[[Progress], None]
@@ -43,139 +53,239 @@ def plan(request: Request) -> Planned:
     return make_plan(open_original(request.model, trust_remote_code=request.trust_remote_code), request)
 
 
-def quantize(request: Request, out: Path, listener: Listener | None = None) -> dict[str, Any]:
+def quantize(request: Request, out: Path, listener: Listener | None = None, *, resume: bool = False) -> dict[str, Any]:
     """Quantize a model folder into ``out`` and return the report.
 
-    Everything happens in ``out.partial``; the folder gets its name by one rename when it is complete.
+    Everything happens in ``out.partial``; the folder gets its name by one rename when it is complete. Where a run fails
+    or is stopped after it has begun to work, ``out.partial`` stays, and the same request with ``resume`` continues it.
 
     Args:
         request: what is asked for.
         out: folder to make; it must not exist, or be empty.
-        listener: told of progress.
+        listener: told of progress; what it raises stops the run.
+        resume: continue the work that lies in ``out.partial``; without any, start.
 
     Raises:
         MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
     """
-    tell = listener or (lambda _: None)
-    started, cpu_started = time.perf_counter(), cpu_seconds()
+    clock = _Clock()
     source = open_original(request.model, trust_remote_code=request.trust_remote_code)
     planned = make_plan(source, request)
-    check_space(out, planned.plan.bytes * planned.form.copies)
-    folder = OutputFolder(out)
+    if not out.with_name(out.name + ".partial").exists():
+        check_space(out, planned.plan.bytes * planned.form.copies)
+    folder = OutputFolder(out, resume=resume)
+    work = Work(folder.partial, identity_of(source, planned), resume=resume)
+    if request.memory is not None:
+        return_freed_memory()
+    run = _Run(source, planned, work, clock, listener or (lambda _: None))
     try:
-        report = _work(source, planned, folder, tell, started=started, cpu_started=cpu_started)
-    except BaseException:
-        # nothing that is left could be continued, and it must not look like a model
-        shutil.rmtree(folder.partial, ignore_errors=True)
+        report = run.work()
+    except BaseException as error:
+        at_fault = isinstance(error, MezzotintError) and not isinstance(error, RunError)
+        if work.resumed or (run.begun and not at_fault):
+            error.add_note(f"The work so far lies in {folder.partial}; the same command with --resume continues it.")
+        else:  # nothing that is left could be continued, and it must not look like a model
+            shutil.rmtree(folder.partial, ignore_errors=True)
         raise
     try:
         folder.finish()
     except OSError as error:  # the result is complete, and stays where the message says
         raise WriteError(str(error)) from error
+    shutil.rmtree(folder.path / WORK)
     return {"out": str(out), **report}
 
 
-def _work(
-    source: Source, planned: Planned, folder: OutputFolder, tell: Listener, *, started: float, cpu_started: float
-) -> dict[str, Any]:
-    """Fill the unfinished folder; gives the report."""
-    marks = [started, time.perf_counter()]
-    output = Output(source, planned, folder.partial)
-    try:
-        streams = _streams(source, planned, folder.partial, tell)
-        marks.append(time.perf_counter())
-        adapter = _adapter(planned)
-        records = _sweep(source, planned, streams, output, tell, adapter=adapter)
-        if adapter is not None:
-            adapter.write(folder.partial / FOLDER, source.folder.name)
-        output.copy_rest()
-        output.close()
-        write_json(folder.partial / "config.json", _config(source, planned))
-        copy_companions(source.folder, folder.partial, trusted=planned.request.trust_remote_code)
-        output_bytes = planned.form.finish(folder.partial, source.config.to_dict(), planned.plan, source.map)
-    except OSError as error:
-        if isinstance(error, RunError):
-            raise
-        # the request was right when it was checked: a disk that is full or gone is a failure while running
-        raise WriteError(str(error)) from error
-    finally:
-        output.release()
-    marks.append(time.perf_counter())
-    stages = ("plan", "calibration", "sweep")
-    times = {stage: end - start for stage, start, end in zip(stages, marks, marks[1:], strict=False)}
-    report = full_report(
-        planned,
-        records,
-        output_bytes=output_bytes,
-        out=folder.path.name,
-        original_bytes=sum(tensor.nbytes for tensor in source.checkpoint.tensors.values()),
-        seconds=marks[-1] - started,
-        cpu_seconds=cpu_seconds() - cpu_started,
-        times=times,
-    )
-    write_json(folder.partial / REPORT_NAME, report)
-    write_card(folder.partial, source.folder)
-    return report
+class _Clock:
+    """Time and processor time of this process since the run began."""
+
+    def __init__(self) -> None:
+        self._started, self._cpu_started = time.perf_counter(), cpu_seconds()
+        self.times: dict[str, float] = {}
+        self._marked = self._started
+
+    def mark(self, stage: str) -> None:
+        """A stage is over."""
+        now = time.perf_counter()
+        self.times[stage], self._marked = now - self._marked, now
+
+    @property
+    def seconds(self) -> float:
+        """Up to the last mark."""
+        return self._marked - self._started
+
+    def spent(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Everything up to now, with what earlier processes spent."""
+        return {
+            "seconds": before["seconds"] + time.perf_counter() - self._started,
+            "cpu_seconds": before["cpu_seconds"] + cpu_seconds() - self._cpu_started,
+            "peak_rss_bytes": max(before["peak_rss_bytes"], peak_rss_bytes()),
+        }
 
 
-def _streams(source: Source, planned: Planned, folder: Path, tell: Listener) -> Streams | None:
-    if planned.calibration is None:
-        return None
-    return calibrated_streams(
-        source,
-        planned,
-        planned.plan.entries,
-        folder,
-        lambda done, total: tell(Progress(stage="sampling", done=done, total=total)),
-    )
+class _Run:
+    """The work between the plan and the finished folder.
+
+    Attributes:
+        begun: there is a state that can be continued.
+    """
+
+    def __init__(self, source: Source, planned: Planned, work: Work, clock: _Clock, tell: Listener) -> None:
+        self._source = source
+        self._planned = planned
+        self._folder = work.folder.parent
+        self._work = work
+        self._clock = clock
+        self._tell = tell
+        self.begun = False
+
+    def work(self) -> dict[str, Any]:
+        """Fill the unfinished folder; gives the report."""
+        if self._work.complete:  # and only the rename is missing
+            return read_report(self._folder)
+        resumed, journal_bytes = self._work.resumed, self._work.journal_bytes
+        self._clock.mark("plan")
+        windows = self._windows()
+        output = Output(self._source, self._planned, self._folder, resume=resumed, journal_bytes=journal_bytes)
+        try:
+            self._begin(output)
+            streams = self._streams(windows)
+            self._clock.mark("calibration")
+            adapter = _adapter(self._planned, self._work)
+            self._sweep(streams, output, adapter)
+            if adapter is not None:
+                adapter.write(self._folder / FOLDER, self._source.folder.name)
+            output.copy_rest()
+            output.close()
+            write_json(self._folder / "config.json", self._config())
+            trusted = self._planned.request.trust_remote_code
+            copy_companions(self._source.folder, self._folder, trusted=trusted)
+            size = self._planned.form.finish(
+                self._folder, self._source.config.to_dict(), self._planned.plan, self._source.map
+            )
+            self._clock.mark("sweep")
+            report = self._report(size)
+            write_json(self._folder / REPORT_NAME, report)
+            write_card(self._folder, self._source.folder)
+            self._work.commit(self._work.block, complete=True)
+        except OSError as error:
+            if isinstance(error, RunError):
+                raise
+            # the request was right when it was checked: a disk that is full or gone is a failure while running
+            raise WriteError(str(error)) from error
+        finally:
+            output.release()
+        return report
+
+    def _windows(self) -> Windows | None:
+        """The calibration text: that of the earlier process where it was sampled, else read, and compared with it."""
+        calibration, kept = self._planned.calibration, self._work.windows
+        if calibration is None:
+            return None
+        if kept is not None and calibration.source == "self":
+            return Windows(
+                tokens=kept.read("tokens"), mask=kept.read("mask") if "mask" in kept else None, source="self"
+            )
+        windows = calibration_windows(
+            self._source,
+            calibration,
+            self._planned.request,
+            lambda done, total: self._tell(Progress(stage="sampling", done=done, total=total)),
+        )
+        mask = {} if windows.mask is None else {"mask": windows.mask}
+        self._work.keep_windows({"tokens": windows.tokens, **mask}, windows.source)
+        return windows
+
+    def _streams(self, windows: Windows | None) -> Streams | None:
+        """Both streams where the run stands; None where it needs none, or no longer."""
+        saved = self._work.streams
+        if windows is None or (self._work.block > 0 and saved is None):
+            return None
+        entries = self._planned.plan.entries
+        return calibrated_streams(self._source, self._planned, entries, windows, self._folder, saved=saved)
+
+    def _begin(self, output: Output) -> None:
+        """From here on a run can be continued."""
+        self._work.begin()
+        if not self._work.resumed:
+            self._work.commit(0, journal_bytes=output.checkpoint(), spent=self._clock.spent(self._work.spent))
+        self.begun = True
+
+    def _sweep(self, streams: Streams | None, output: Output, adapter: Adapter | None) -> None:
+        keeper = Keeper(
+            self._work,
+            journal=output.checkpoint,
+            streams=None if streams is None else streams.save,
+            adapter=None if adapter is None else adapter.named,
+            spent=lambda: self._clock.spent(self._work.spent),
+        )
+        entries, request, notify = self._planned.plan.entries, self._planned.request, self._notifier()
+        solver = Solver({entry.matrix: entry for entry in entries}, sink=output.put, notify=notify, seed=request.seed)
+        try:
+            Sweep(
+                self._source,
+                entries,
+                streams,
+                solver=solver,
+                notify=notify,
+                device=request.device,
+                rewritten=output.rewrite,
+                adapter=adapter,
+                keeper=keeper,
+            ).run()
+        finally:
+            if streams is not None:
+                streams.close()
+
+    def _notifier(self) -> Callable[[MatrixRecord | BlockRecord], None]:
+        """Records what is done, and tells how far the run is."""
+        sizes = {name: rows * columns for name, (rows, columns) in self._planned.shapes.items()}
+        names = {record.name for record in self._work.records if isinstance(record, MatrixRecord)}
+        whole, before = sum(sizes.values()), sum(sizes[name] for name in names)
+        started = time.perf_counter()
+
+        def notify(record: MatrixRecord | BlockRecord) -> None:
+            memory = rss_bytes()
+            elapsed = self._clock.spent(self._work.spent)["seconds"]
+            self._work.record(record, memory_bytes=memory, elapsed_seconds=elapsed)
+            if isinstance(record, MatrixRecord):
+                names.add(record.name)
+            now = sum(sizes[name] for name in names)
+            left = (time.perf_counter() - started) * (whole - now) / (now - before) if now > before else None
+            self._tell(
+                Progress(
+                    stage="quantizing",
+                    done=len(names),
+                    total=len(sizes),
+                    record=record,
+                    seconds_left=left,
+                    memory_bytes=memory,
+                )
+            )
+
+        return notify
+
+    def _report(self, output_bytes: int) -> dict[str, Any]:
+        before = self._work.spent
+        return full_report(
+            self._planned,
+            self._work.records,
+            output_bytes=output_bytes,
+            out=self._folder.name.removesuffix(".partial"),
+            original_bytes=sum(tensor.nbytes for tensor in self._source.checkpoint.tensors.values()),
+            spent={**self._clock.spent(before), "seconds": before["seconds"] + self._clock.seconds},
+            times={**({"before": before["seconds"]} if self._work.resumed else {}), **self._clock.times},
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """The original's config.json with the format's own part."""
+        config = json.loads((self._source.folder / "config.json").read_text(encoding="utf-8"))
+        quantization = self._planned.form.config(self._planned.plan, self._source.map)
+        if quantization is not None:
+            config["quantization_config"] = dict(quantization)
+        return config
 
 
-def _adapter(planned: Planned) -> Adapter | None:
+def _adapter(planned: Planned, work: Work) -> Adapter | None:
+    """What takes low-rank compensations, with those of an earlier process."""
     settings = next((e.compensation for e in planned.plan.entries if isinstance(e.compensation, Lora)), None)
-    return None if settings is None else Adapter(settings)
-
-
-def _sweep(
-    source: Source,
-    planned: Planned,
-    streams: Streams | None,
-    output: Output,
-    tell: Listener,
-    *,
-    adapter: Adapter | None,
-) -> list[MatrixRecord | BlockRecord]:
-    records: list[MatrixRecord | BlockRecord] = []
-    total = len(planned.plan.entries)
-
-    def notify(record: MatrixRecord | BlockRecord) -> None:
-        records.append(record)
-        done = sum(isinstance(r, MatrixRecord) for r in records)
-        tell(Progress(stage="quantizing", done=done, total=total, record=record))
-
-    entries = {entry.matrix: entry for entry in planned.plan.entries}
-    solver = Solver(entries, sink=output.put, notify=notify, seed=planned.request.seed)
-    sweep = Sweep(
-        source,
-        planned.plan.entries,
-        streams,
-        solver=solver,
-        notify=notify,
-        device=planned.request.device,
-        rewritten=output.rewrite,
-        adapter=adapter,
-    )
-    try:
-        sweep.run()
-    finally:
-        if streams is not None:
-            streams.close()
-    return records
-
-
-def _config(source: Source, planned: Planned) -> dict[str, Any]:
-    """The original's config.json with the format's own part."""
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    quantization = planned.form.config(planned.plan, source.map)
-    if quantization is not None:
-        config["quantization_config"] = dict(quantization)
-    return config
+    return None if settings is None else Adapter(settings, work.adapter)

@@ -16,25 +16,31 @@ from mezzotint.core.structure import Matrix
 from mezzotint.errors import ModelError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
-from mezzotint.pipeline.costs import BATCH_TOKENS
+from mezzotint.pipeline.memory import BATCH_TOKENS
 from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.saved import Index, Saved, save
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Windows that run together; fit and held-out windows never share a batch."""
+    """Windows that run together; fit and held-out windows never share a batch.
+
+    Attributes:
+        first: number of the first of them, over all windows that are fitted on and then all that are held out.
+    """
 
     tokens: Int[Tensor, "windows seqlen"]
     mask: Bool[Tensor, "windows seqlen"] | None
     held_out: bool
+    first: int
 
 
-def batches_of(windows: Windows, held_out: bool) -> Iterator[Batch]:
-    """Batches of about `BATCH_TOKENS` tokens."""
+def batches_of(windows: Windows, held_out: bool, first: int = 0) -> Iterator[Batch]:
+    """Batches of about `BATCH_TOKENS` tokens; ``first`` is the number of the first window."""
     size = max(1, BATCH_TOKENS // windows.tokens.shape[1])
     for start in range(0, windows.tokens.shape[0], size):
         mask = None if windows.mask is None else windows.mask[start : start + size]
-        yield Batch(tokens=windows.tokens[start : start + size], mask=mask, held_out=held_out)
+        yield Batch(tokens=windows.tokens[start : start + size], mask=mask, held_out=held_out, first=first + start)
 
 
 @contextmanager
@@ -69,6 +75,11 @@ def _outside(module: nn.Module, name: str, paths: Sequence[str]) -> Iterator[tup
         yield from _outside(child, f"{name}.{child_name}".lstrip("."), paths)
 
 
+def _rows(saved: Saved, name: str, batch: Batch) -> Tensor:
+    """Saved hidden states of a batch."""
+    return torch.stack([saved.read(f"{name}.{batch.first + row}") for row in range(len(batch.tokens))])
+
+
 class Streams:
     """Both streams over all batches.
 
@@ -85,6 +96,7 @@ class Streams:
         keep_runs: batches may wait inside a block.
         dtype: of hidden states.
         precision: of matrix products in blocks and sums, see `products_in`.
+        saved: hidden states to start from, of an earlier `save`; None starts from the tokens.
     """
 
     def __init__(
@@ -100,10 +112,11 @@ class Streams:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         precision: str = "float32",
+        saved: Saved | None = None,
     ) -> None:
         self.dtype = dtype
         self._precision = precision
-        self.batches = [*batches_of(fit, False), *batches_of(held_out, True)]
+        self.batches = [*batches_of(fit, False), *batches_of(held_out, True, len(fit))]
         self._source = source
         self._keep_runs = keep_runs
         self._device = device
@@ -116,7 +129,7 @@ class Streams:
         self._seen: dict[tuple[int, int], dict[int | None, dict[str, int]]] = {}
         self._next_key = 0
         try:
-            self._start(dtype)
+            self._start(dtype, saved)
         except BaseException:
             self.close()
             raise
@@ -125,16 +138,34 @@ class Streams:
         """To be entered while blocks run and inputs are summed; what is solved meanwhile keeps full precision."""
         return products_in(self._precision)
 
-    def _start(self, dtype: torch.dtype) -> None:
+    def _start(self, dtype: torch.dtype, saved: Saved | None) -> None:
         """Embed the tokens of every batch, and keep what blocks are called with."""
         with surroundings(self._source, head=False, dtype=dtype, device=self._device) as bypass:
             for index, batch in enumerate(self.batches):
                 mask = None if batch.mask is None else batch.mask.to(self._device)
                 hidden, calls = bypass.record(batch.tokens.to(self._device), mask)
                 self._calls.append(calls)
-                self._quantized.put(index, hidden)
-                if index in self._carried:
-                    self._original.put(index, hidden)
+                for name, store in self._stores(index):
+                    store.put(index, hidden if saved is None else _rows(saved, name, batch).to(hidden))
+
+    def save(self, path: Path) -> Index:
+        """Write the hidden states of every window to a file, for ``saved``.
+
+        Raises:
+            WriteError: the disk is full.
+        """
+        return save(path, self._named())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for index, batch in enumerate(self.batches):
+            for name, store in self._stores(index):
+                for row, hidden in enumerate(store.get(index)):
+                    yield f"{name}.{batch.first + row}", hidden
+
+    def _stores(self, index: int) -> list[tuple[str, Store]]:
+        """The streams of a batch."""
+        original = [("original", self._original)] if index in self._carried else []
+        return [("quantized", self._quantized), *original]
 
     def embed(self, matrix: Matrix, table: Float[Tensor, "vocabulary width"]) -> None:
         """Begin the quantized stream again with other embeddings; what else blocks are called with stays."""

@@ -1,11 +1,12 @@
 """The sweep over blocks: two streams in lockstep, statistics, rounding, and what is recorded of each."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mezzotint.core.contracts import Block, InputGroup, Matrix
 from mezzotint.core.files import Entry
@@ -21,6 +22,9 @@ from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.tokens import Compared, aligned, normed, token_weights
+
+if TYPE_CHECKING:
+    from mezzotint.pipeline.resume import Keeper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,7 @@ class Sweep:
         rewritten: told of parameters that a block's transforms changed; the checkpoint gives their values.
         to_the_end: run the streams through every block, also behind the last that needs statistics.
         adapter: takes the low-rank compensations; what follows in the model sees them.
+        keeper: told of what is finished, and tells what an earlier process has finished.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Sweep:
         rewritten: Callable[[Sequence[str]], None] = lambda _: None,
         to_the_end: bool = False,
         adapter: Adapter | None = None,
+        keeper: "Keeper | None" = None,
     ) -> None:
         self._source = source
         self._entries = {entry.matrix: entry for entry in entries}
@@ -78,6 +84,7 @@ class Sweep:
         self._folding = Folding(source, self._entries, rewritten=rewritten, device=device)
         self._device = device
         self._adapter = adapter
+        self._keeper = keeper
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
         self._head_needs = head in self._entries and bool(self._entries[head].needs)
@@ -85,9 +92,10 @@ class Sweep:
 
     def run(self) -> None:
         """The embedding, all blocks and the head, as far as they are to be quantized."""
-        if self._source.map.embedding in self._entries:
+        first = 0 if self._keeper is None else self._keeper.block
+        if first == 0 and self._source.map.embedding in self._entries:
             self._embedding(self._source.map.matrices[self._source.map.embedding])
-        for block in self._source.map.blocks:
+        for block in self._source.map.blocks[first:]:
             started = time.perf_counter()
             submodules: Mapping[str, Mapping[str, float]] = {}
             if self._streams is None or block.index > self._last_streamed:
@@ -106,14 +114,18 @@ class Sweep:
                     submodules=submodules,
                 )
             )
+            if self._keeper is not None:
+                self._keeper.border(block.index + 1, streams=self._head_needs or block.index < self._last_streamed)
         head = self._source.map.head
-        if head in self._entries:
+        if head in self._entries and first <= len(self._source.map.blocks):
             needs = self._entries[head].needs
             statistics: tuple[Statistics | None, Statistics | None] = None, None
             if self._streams is not None and self._head_needs:
                 with self._streams.products():
                     statistics = self._streams.head_statistics(needs)
             self._from_checkpoint([head], _place(len(self._source.map.blocks), 0), *statistics)
+        if self._keeper is not None:
+            self._keeper.border(len(self._source.map.blocks) + 1, streams=False, last=True)
 
     def _embedding(self, matrix: Matrix) -> None:
         """Quantize the table that tokens are looked up in; the quantized stream begins with what it holds then."""
@@ -158,15 +170,23 @@ class Sweep:
         runs = streams.quantized_runs(block.index, module)
         descent = self._descent(block, runs, streams)
         noted = () if descent is None else descent.observed
+        known = [] if self._keeper is None else self._keeper.values(block.index)
         with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual, noted=noted):
+            compared = {i: needs for i, needs in self._compared(block).items() if i >= len(known)}
             with streams.products():
-                streams.run_original(block.index, module, self._compared(block))
+                streams.run_original(block.index, module, compared)
             for position, group in enumerate(block.groups):
+                if position < len(known):
+                    for name, weight in self._weights(group):
+                        weight.copy_(known[position].read(name))
+                    continue
                 self._group(
                     block.index, position, group, self._measured(group, position, runs, streams, descent), descent
                 )
                 if descent is not None:
                     descent.reached(position, runs)
+                elif self._keeper is not None:  # what a descent may still change is not finished
+                    self._keeper.group(block.index, position + 1, lambda i: self._weights(block.groups[i]))
             if descent is not None:
                 descent.finish()
             with streams.products():
@@ -200,7 +220,7 @@ class Sweep:
             matrix = self._source.map.matrices[name]
             by_expert.setdefault(matrix.expert, []).append(matrix)
         for expert, members in by_expert.items():
-            weights = [(m, m.view(self._source.skeleton.get_parameter(m.parameter).data)) for m in members]
+            weights = [(m, self._weight(m)) for m in members]
             if descent is not None:  # originals must outlive what they are replaced by
                 weights = [(m, weight.clone()) for m, weight in weights]
             for solved in self._solver.solve(
@@ -213,7 +233,7 @@ class Sweep:
                 matrix, value = solved.matrix, solved.value
                 if self._adapter is not None and self._entries[matrix.name].compensation is not None:
                     value = self._adapter.compensated(solved)
-                matrix.view(self._source.skeleton.get_parameter(matrix.parameter).data).copy_(value)
+                self._weight(matrix).copy_(value)
 
     def _measured(
         self, group: InputGroup, position: int, runs: Sequence[BlockRun], streams: Streams, descent: Descent | None
@@ -223,6 +243,15 @@ class Sweep:
             return {}
         with streams.products():
             return self._statistics(group, position, runs, streams, descent)
+
+    def _weights(self, group: InputGroup) -> Iterator[tuple[str, Tensor]]:
+        """Names and weights, as they are now, of the matrices of a group that are quantized."""
+        for name in group.matrices:
+            if name in self._entries:
+                yield name, self._weight(self._source.map.matrices[name])
+
+    def _weight(self, matrix: Matrix) -> Tensor:
+        return matrix.view(self._source.skeleton.get_parameter(matrix.parameter).data)
 
     def _group_needs(self, names: Sequence[str]) -> frozenset[str]:
         return frozenset().union(*(self._entries[name].needs for name in names if name in self._entries))
@@ -243,8 +272,11 @@ class Sweep:
         if not group.added_to_residual or group.experts:
             needs -= {"residual"}
         scaling = self._scaling(group) if "residual" in needs else None
+        judged = needs & frozenset().union(*(self._entries[n].judges for n in group.matrices if n in self._entries))
         sums = {
-            (expert, held): Accumulator(width, needs, rows=matrices[0].shape[0], device=self._device)
+            (expert, held): Accumulator(
+                width, judged if held else needs, rows=matrices[0].shape[0], device=self._device
+            )
             for expert, width in widths.items()
             for held in (False, True)
         }

@@ -32,6 +32,7 @@ class Loaq:
     """
 
     kind: ClassVar[str] = "loaq"
+    decides: ClassVar[bool] = False
     alpha: float = 0.75
     beta: float = 0.75
     damping: float = 0.3

@@ -39,6 +39,11 @@ class Qep:
         if not 0 <= self.damping <= 100:
             raise ConfigError(f"target.damping is {self.damping}; it must be from 0 to 100 (typical 0.01 to 1).")
 
+    @property
+    def decides(self) -> bool:
+        """Under ``auto``."""
+        return self.alpha == "auto"
+
     def aim(self, weight: Float[Tensor, "out in"], fit: Statistics | None, held_out: Statistics | None) -> Aim:
         """The corrected weight.
 
@@ -75,7 +80,9 @@ def quadratic_of(weight: Float[Tensor, "out in"], s: Statistics, *, residual: bo
 
     With ``residual``, where the statistics have it, the same of ``(R + W X) - (Rh + V Xh)``.
     """
-    cross = weight @ (s.gram if s.drift is None else s.gram + s.drift)
+    cross = weight @ s.gram
+    if s.drift is not None:
+        cross.addmm_(weight, s.drift)  # not the sum first: that is another matrix as large as the Hessian
     if residual and s.residual is not None:
         cross = cross + s.residual
     return Quadratic(gram=s.gram, cross=cross, const=((2 * cross - weight @ s.gram) * weight).sum(-1))

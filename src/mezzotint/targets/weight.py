@@ -16,6 +16,7 @@ class WeightTarget:
     """No correction: approximate the stored weight."""
 
     kind: ClassVar[str] = "weight"
+    decides: ClassVar[bool] = False
     norm_scale: ClassVar[Literal["none"]] = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
 

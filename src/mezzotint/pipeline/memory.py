@@ -1,0 +1,176 @@
+"""Peak memory of a run, predicted from shapes phase by phase; checked in tests against what runs take."""
+
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mezzotint.core.contracts import Block
+from mezzotint.core.files import Entry
+from mezzotint.models import Source
+
+BASE_BYTES = 480 * 2**20  # interpreter, torch, transformers and what they load on first use, measured on Linux
+BATCH_TOKENS = 4096  # that run through a block together
+MMAP_BYTES = 2**20
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_FLOAT = 4
+_WAITING = 3  # copies of its hidden states that a batch holds while it waits inside a block, its inputs aside
+_FORWARD = 3  # temporaries of a block's forward, in units of its widest activations
+_SOLVING = 6  # copies of a matrix: target, work, values, codes, cross term, original
+_REFINING = 4  # more of them
+_RELAXING = 5  # copies of a matrix while a submodule is optimised: vectors of conjugate gradients
+_SLOPES = 12  # of a batch's activations meanwhile
+_FRAGMENTED = 1.25  # what the allocator holds over what is in use, where it may keep what was freed
+
+
+def return_freed_memory() -> None:
+    """Make the C library give freed tensors back at once, so that peak memory is what is in use.
+
+    By default glibc keeps freed pieces of up to 32 MiB for later; a run then takes a quarter more than it uses.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, MMAP_BYTES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Calibration windows, as far as memory is concerned."""
+
+    total: int
+    seqlen: int
+
+    @property
+    def batch(self) -> int:
+        """Tokens that run together."""
+        return min(self.total, max(1, BATCH_TOKENS // self.seqlen) * self.seqlen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """Bytes of a run's phases, the part that spilling cannot lower and the part that it can.
+
+    Attributes:
+        fixed: largest sum of what must be in memory at a time.
+        spilled: hidden states and inputs of other batches, which go to a file where there is no room.
+        waiting: what all batches hold inside a block while each waits there.
+        passing: what one batch holds, where every group starts the block anew for one batch after the other.
+    """
+
+    fixed: int
+    spilled: int = 0
+    waiting: int = 0
+    passing: int = 0
+
+    def peak(self, room: int, *, keep_runs: bool) -> int:
+        """With that many bytes of hidden states in memory."""
+        return self.fixed + min(self.spilled, room) + (self.waiting if keep_runs else self.passing)
+
+
+def phases(source: Source, entries: Sequence[Entry], tokens: Tokens | None) -> tuple[Phases, ...]:
+    """What is in memory in every phase of every block, the largest of alike blocks once."""
+    by_name = {entry.matrix: entry for entry in entries}
+    found = {Phases(fixed=BASE_BYTES + _from_checkpoint(source, by_name, tokens))}
+    if tokens is not None:
+        embedding = source.skeleton.get_parameter(source.map.embedding).numel()
+        stored = max(t.dtype.itemsize for t in source.checkpoint.tensors.values())
+        found.add(Phases(fixed=BASE_BYTES + embedding * (_FLOAT + stored)))
+        for block in source.map.blocks:
+            if any(name in by_name and by_name[name].needs for group in block.groups for name in group.matrices):
+                found.update(_block(source, block, by_name, tokens))
+    return tuple(found)
+
+
+def _from_checkpoint(source: Source, by_name: Mapping[str, Entry], tokens: Tokens | None) -> int:
+    """Matrices that are rounded as they are read, one at a time, and the weights of those that are copied."""
+    sizes = [0]
+    for block in source.map.blocks:
+        names = [name for group in block.groups for name in group.matrices if name in by_name]
+        if tokens is None or not any(by_name[name].needs for name in names):
+            sizes += [_SOLVING * _numel(source, name) * _FLOAT for name in names]
+    for name in (source.map.embedding, source.map.head):
+        if name is not None and name in by_name:
+            sizes.append(_SOLVING * _numel(source, name) * _FLOAT)
+    return max(sizes)
+
+
+def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: Tokens) -> set[Phases]:
+    matrices = source.map.matrices
+    hidden = source.config.get_text_config().hidden_size
+    names = [name for group in block.groups for name in group.matrices]
+    base = BASE_BYTES + sum(_numel(source, name) for name in names) * _FLOAT
+    both = any("drift" in entry.needs for entry in by_name.values())
+    # one window in eight is held out, and its full-precision stream is carried always
+    streams = tokens.total * hidden * _FLOAT * (2.0 if both else 1.125)
+    widths = [max(matrices[name].shape[1] for name in group.matrices) for group in block.groups]
+    widest = max(max(matrices[name].shape) for name in names)
+    forward = _FORWARD * tokens.batch * widest * _FLOAT
+    kept = [tokens.total * width * _FLOAT if both else 0 for width in widths]
+    found = {Phases(fixed=base + forward, spilled=int(streams + sum(kept)))}
+    if any(by_name[name].submodules is not None for name in names if name in by_name):
+        # originals, aims and values of all members, the sums of their groups, and what a step takes
+        largest = max(_numel(source, name) for name in names) * _FLOAT
+        sums = sum(
+            _sums(
+                [by_name[n] for n in g.matrices if n in by_name],
+                g.added_to_residual,
+                w * w * _FLOAT,
+                w * hidden * _FLOAT,
+            )
+            for g, w in zip(block.groups, widths, strict=True)
+        )
+        step = _RELAXING * largest + _SLOPES * tokens.batch * widest * _FLOAT
+        each = (max(widths) + _WAITING * hidden) * _FLOAT
+        found.add(
+            Phases(
+                fixed=base + 2 * (base - BASE_BYTES) + sums + step,
+                spilled=int(streams + sum(kept)),
+                waiting=tokens.total * each,
+                passing=tokens.batch * each,
+            )
+        )
+    for position, group in enumerate(block.groups):
+        members = [by_name[name] for name in group.matrices if name in by_name]
+        if not any(entry.needs for entry in members):
+            continue
+        width = widths[position]
+        each = (width + _WAITING * hidden) * _FLOAT
+        held = {"waiting": tokens.total * each, "passing": tokens.batch * each}
+        experts = len({matrices[name].expert for name in group.matrices})
+        square = width * width * _FLOAT
+        sums = experts * _sums(members, group.added_to_residual, square, width * hidden * _FLOAT)
+        measuring = base + sums + forward
+        solving = base + sums + max(_solving(entry, _numel(source, entry.matrix) * _FLOAT, square) for entry in members)
+        behind = int(streams + sum(kept[position + 1 :]))
+        # full-precision inputs are forgotten batch by batch, as the quantized ones come
+        here = min(kept[position], tokens.batch * width * _FLOAT)
+        found.add(Phases(fixed=measuring, spilled=behind + here, **held))
+        found.add(Phases(fixed=solving, spilled=behind, **held))
+    return found
+
+
+def _sums(members: Sequence[Entry], added: bool, square: int, residual: int) -> int:
+    """Sums over the windows that are fitted on and over those that are held out."""
+    sizes = {"gram": square, "drift": square, "residual": residual if added else 0}
+    needs = frozenset().union(*(entry.needs for entry in members))
+    judged = needs & frozenset().union(*(entry.judges for entry in members))
+    return sum(sizes.get(name, 0) for names in (needs, judged) for name in names)
+
+
+def _solving(entry: Entry, matrix: int, square: int) -> int:
+    """Factors and copies of one matrix."""
+    ridge = square if "drift" in entry.target.needs else 0
+    turned = 2 * square if entry.basis is not None else 0
+    factor = square if "gram" in entry.rounding.needs else 0
+    return ridge + turned + factor + (_SOLVING + _REFINING * (entry.refinement is not None)) * matrix
+
+
+def unbounded(largest: int) -> int:
+    """The peak of a run without a limit, whose allocator keeps what was freed."""
+    return BASE_BYTES + int(_FRAGMENTED * (largest - BASE_BYTES))
+
+
+def _numel(source: Source, name: str) -> int:
+    rows, columns = source.map.matrices[name].shape
+    return rows * columns

@@ -1,0 +1,346 @@
+"""The work folder: what a run keeps so that another process can continue it, and the log that people watch."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mezzotint.errors import ConfigError, WriteError
+from mezzotint.formats.folder import write_json
+from mezzotint.models import Source
+from mezzotint.pipeline.plan import Planned
+from mezzotint.pipeline.saved import Index, Saved, damaged, save
+from mezzotint.pipeline.solve import MatrixRecord
+from mezzotint.pipeline.sweep import BlockRecord
+
+WORK = "work"
+LOG = "log.jsonl"
+STATE = "state.json"
+OVERHEAD = 0.05  # of the time of a run that saving its state may take
+_CHUNK = 1 << 23
+_KINDS = {"linear": MatrixRecord, "block": BlockRecord}
+
+
+class Work:
+    """The folder ``work`` of an unfinished output: a log with one line a record, and a state that names the rest.
+
+    The state is replaced by one rename and holds checksums of everything it names, so that it is as of some moment,
+    whatever happens afterwards: what is behind that moment in the log and in the journal of the tensors is cut off.
+
+    Args:
+        folder: of the unfinished output.
+        identity: what determines the result, see `identity_of`.
+        resume: continue from the state that lies there, if there is one.
+
+    Attributes:
+        block: the first that is not finished; one past the last where only the head is missing, two where nothing is.
+        records: of what is finished.
+        spent: seconds, seconds of processor and peak memory of the earlier processes.
+        resumed: there was a state.
+
+    Raises:
+        ConfigError: another model, recipe, text or seed than the run that is to be continued.
+        OutputError: the state is damaged.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = folder / WORK
+        self.block = 0
+        self.records: list[MatrixRecord | BlockRecord] = []
+        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}
+        self._state: dict[str, Any] = {
+            "identity": dict(identity),
+            "windows": None,
+            "streams": [],
+            "values": [],
+            "adapter": [],
+        }
+        self._log_checksum = 0
+        self.resumed = resume and (self.folder / STATE).is_file()
+        if self.resumed:
+            self._load(identity)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            (self.folder / LOG).touch()
+
+    @property
+    def journal_bytes(self) -> int | None:
+        """Of the journal of finished tensors, at the moment of the state."""
+        return self._state.get("journal_bytes")
+
+    @property
+    def complete(self) -> bool:
+        """Everything is written, the report too."""
+        return self._state.get("complete", False)
+
+    @property
+    def windows(self) -> Saved | None:
+        """Calibration text of the earlier process."""
+        return Saved(self.folder, [self._state["windows"]]) if self._state["windows"] else None
+
+    @property
+    def streams(self) -> Saved | None:
+        """Hidden states before `block`; None where they are not needed, or are the embedded tokens."""
+        return Saved(self.folder, self._state["streams"]) if self._state["streams"] else None
+
+    @property
+    def adapter(self) -> Saved | None:
+        """Low-rank compensations so far."""
+        return Saved(self.folder, self._state["adapter"]) if self._state["adapter"] else None
+
+    @property
+    def groups(self) -> tuple[Index, ...]:
+        """Files with the weights of the first groups of `block`, which are finished."""
+        return tuple(self._state["values"])
+
+    def keep_windows(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Keep the calibration text, or check that it is the text of the run that is continued.
+
+        Raises:
+            ConfigError: it is another text.
+        """
+        if self._state["windows"] is None:
+            self._state["windows"] = save(self.folder / "windows.bin", tensors.items())
+            return
+        index = save(self.folder / "windows-again.bin", tensors.items())
+        (self.folder / "windows-again.bin").unlink()
+        if index["tensors"] != self._state["windows"]["tensors"]:
+            raise _changed([f"the calibration text from {source!r}"], self.folder.parent)
+
+    def begin(self) -> None:
+        """Forget what was logged behind the state: from here on there is something to add."""
+        if self.resumed:
+            os.truncate(self.folder / LOG, self._state["log"][0])
+            self.log("resumed", block=self.block, groups=len(self.groups))
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append a line for people and programs that watch."""
+        line = (json.dumps({"event": event, **values}) + "\n").encode()
+        with (self.folder / LOG).open("ab") as file:
+            file.write(line)
+        self._log_checksum = zlib.crc32(line, self._log_checksum)
+
+    def record(self, record: MatrixRecord | BlockRecord, **values: Any) -> None:
+        """Keep what came out of a matrix or a block."""
+        self.records.append(record)
+        event = "linear" if isinstance(record, MatrixRecord) else "block"
+        self.log(event, **asdict(record), **values)
+
+    def commit(self, block: int, **changes: Any) -> None:
+        """Make everything so far durable: from now on a run is continued here.
+
+        Args:
+            block: the first that is not finished.
+            **changes: of the state: ``journal_bytes``, ``streams``, ``values``, ``spent``.
+
+        Raises:
+            WriteError: the disk is full; the state before stays.
+        """
+        try:
+            with (self.folder / LOG).open("ab") as file:
+                os.fsync(file.fileno())
+                size = file.tell()
+            state = {**self._state, **changes, "block": block, "log": [size, self._log_checksum]}
+            text = json.dumps(state, sort_keys=True)
+            write_json(self.folder / STATE, {"checksum": zlib.crc32(text.encode()), "state": state})
+        except OSError as error:
+            raise WriteError(f"cannot save the state of the run: {error}. Free some space.") from error
+        self._state, self.block = state, block
+        named = {STATE, LOG, *(index["file"] for index in self._files())}
+        for path in self.folder.iterdir():
+            if path.name not in named:
+                path.unlink()
+
+    def _files(self) -> Iterable[Index]:
+        windows = self._state["windows"]
+        return [
+            *([windows] if windows else []),
+            *(i for kind in ("streams", "values", "adapter") for i in self._state[kind]),
+        ]
+
+    def _load(self, identity: Mapping[str, Any]) -> None:
+        path = self.folder / STATE
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            self._state = whole["state"]
+            good = zlib.crc32(json.dumps(self._state, sort_keys=True).encode()) == whole["checksum"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(path, f"is damaged ({error})") from error
+        if not good:
+            raise damaged(path, "is damaged")
+        changes = differences(self._state["identity"], json.loads(json.dumps(identity)))
+        if changes:
+            raise _changed(changes, self.folder.parent)
+        size, self._log_checksum = self._state["log"]
+        data = (self.folder / LOG).read_bytes()[:size] if (self.folder / LOG).is_file() else b""
+        if len(data) < size or zlib.crc32(data) != self._log_checksum:
+            raise damaged(self.folder / LOG, "is truncated or damaged")
+        self.records = [record for record in map(_record_of, data.splitlines()) if record is not None]
+        self.block, self.spent = self._state["block"], self._state["spent"]
+        Saved(self.folder, [*self._files()]).verify()  # damage shows now, not hours later
+
+
+class Keeper:
+    """Decides when a sweep's state is saved: after every block and group, unless that would take too much of the time.
+
+    Args:
+        work: the folder.
+        journal: records the finished tensors durably and gives the journal's length; None while some wait to be
+            written together with others.
+        streams: writes the hidden states to a file of that path.
+        adapter: low-rank compensations so far, where there are any.
+        spent: seconds, processor and memory so far.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        journal: Callable[[], int | None],
+        streams: Callable[[Path], Index] | None,
+        adapter: Callable[[], Iterable[tuple[str, Tensor]]] | None,
+        spent: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.block = work.block
+        self._work = work
+        self._journal = journal
+        self._streams = streams
+        self._adapter = adapter
+        self._spent = spent
+        self._values = {work.block: [Saved(work.folder, [index]) for index in work.groups]}
+        self._indices = [*work.groups]
+        self._finished = time.perf_counter()
+        self._took: dict[str, float] = {}
+
+    def values(self, block: int) -> list[Saved]:
+        """Weights of the groups of a block that an earlier process finished, in order."""
+        return self._values.get(block, [])
+
+    def border(self, block: int, *, streams: bool, last: bool = False) -> None:
+        """All blocks before this one are finished.
+
+        Args:
+            block: the next one.
+            streams: the hidden states are still needed.
+            last: everything is finished.
+        """
+        if not (last or self._due("border")):
+            return
+        started = time.perf_counter()
+        journal = self._journal()
+        if journal is None:
+            return
+        indices = [self._streams(self._work.folder / f"streams-{block:05}.bin")] if streams and self._streams else []
+        self._indices = []
+        self._work.commit(block, journal_bytes=journal, streams=indices, values=[], **self._others(block))
+        self._done("border", started)
+
+    def group(self, block: int, count: int, weights: Callable[[int], Iterable[tuple[str, Tensor]]]) -> None:
+        """The first groups of a block are finished; their weights make the inputs of the next ones.
+
+        Args:
+            block: the current one.
+            count: of finished groups.
+            weights: of a group, dense, by name.
+        """
+        # without the hidden states before the block nothing could be continued inside it
+        if self._work.block != block or not self._due("group"):
+            return
+        started = time.perf_counter()
+        journal = self._journal()
+        if journal is None:
+            return
+        for group in range(len(self._indices), count):
+            path = self._work.folder / f"values-{block:05}-{group}.bin"
+            self._indices.append(save(path, weights(group)))
+        self._work.commit(block, journal_bytes=journal, values=[*self._indices], **self._others(block))
+        self._done("group", started)
+
+    def _others(self, block: int) -> dict[str, Any]:
+        """What every state has."""
+        path = self._work.folder / f"adapter-{block:05}-{len(self._indices)}.bin"
+        adapter = [] if self._adapter is None else [save(path, self._adapter())]
+        return {"adapter": adapter, "spent": dict(self._spent())}
+
+    def _due(self, kind: str) -> bool:
+        return time.perf_counter() - self._finished >= self._took.get(kind, 0.0) / OVERHEAD
+
+    def _done(self, kind: str, started: float) -> None:
+        self._finished = time.perf_counter()
+        self._took[kind] = self._finished - started
+
+
+def identity_of(source: Source, planned: Planned) -> dict[str, Any]:
+    """Everything that determines the result, apart from the calibration text itself.
+
+    The model's files are read once for it: their checksums are part of it. Memory, the number of processes and the
+    place of the files are not.
+    """
+    request = planned.request
+    calibration = asdict(request.calibration)
+    calibration.pop("source")  # the text itself is compared
+    if planned.calibration is not None:
+        calibration |= {"samples": planned.calibration.samples, "seqlen": planned.calibration.seqlen}
+    files = sorted({info.path for info in source.checkpoint.tensors.values()})
+    entries = "\n".join(repr(entry) for entry in planned.plan.entries)
+    return {
+        "versions": {"mezzotint": version("mezzotint"), "torch": torch.__version__, "tf": transformers.__version__},
+        "model": {path.name: [path.stat().st_size, checksum_of(path)] for path in files},
+        "config": checksum_of(source.folder / "config.json"),
+        "recipe": request.recipe.model_dump(mode="json"),
+        "seed": request.seed,
+        "device": request.device,
+        "precision": planned.precision,
+        "format": planned.plan.format,
+        "engine": request.engine,
+        "calibration": calibration,
+        "plan": hashlib.sha256(entries.encode()).hexdigest(),
+    }
+
+
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    found = 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            found = zlib.crc32(data, found)
+    return found
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """What differs between two values of JSON, by dotted name."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        dot = f"{name}." if name else ""
+        return [line for key in keys for line in differences(before.get(key), after.get(key), f"{dot}{key}")]
+    return [] if before == after else [f"{name} (was {_short(before)}, is {_short(after)})"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _changed(what: list[str], folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder} is the work of another request: {'; '.join(what[:5])}{'; ...' if len(what) > 5 else ''} changed. "
+        "Ask for what was asked for then, remove the folder, or choose another --out."
+    )
+
+
+def _record_of(line: bytes) -> MatrixRecord | BlockRecord | None:
+    values = json.loads(line)
+    kind = _KINDS.get(values["event"])
+    return None if kind is None else kind(**{f.name: values[f.name] for f in fields(kind)})

@@ -1,0 +1,60 @@
+"""Promised memory against what processes take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.make_random_llama import make_random_llama
+
+from mezzotint.pipeline.memory import Phases
+from pipeline.runs import TEXT, TINY_LLAMA, least_memory, plan_of
+
+
+def test_a_phase_takes_what_is_in_memory() -> None:
+    phase = Phases(fixed=100, spilled=50, waiting=30, passing=10)
+    assert phase.peak(20, keep_runs=True) == 150
+    assert phase.peak(20, keep_runs=False) == 130
+    assert phase.peak(1000, keep_runs=True) == 180
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "qep-gptq", "default", "qep-trellis"])
+def test_more_memory_is_used_up_to_what_there_is(recipe: str) -> None:
+    options: dict[str, Any] = {"samples": 256, "seqlen": 128}
+    least = least_memory(TINY_LLAMA, recipe, **options)
+    promised = [plan_of(TINY_LLAMA, recipe, memory=least + more, **options).costs for more in (0, 10**6, 10**7, 10**9)]
+    peaks = [costs.peak_memory_bytes for costs in promised]
+    assert peaks == sorted(peaks)
+    assert all(
+        costs.peak_memory_bytes <= least + more for costs, more in zip(promised, (0, 10**6, 10**7, 10**9), strict=True)
+    )
+    assert all(costs.least_memory_bytes == least for costs in promised)
+
+
+def test_blocks_cost_nothing(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (1, 4):
+        make_random_llama(tmp_path / str(layers), preset="quarter", layers=layers)
+        peaks.append(least_memory(tmp_path / str(layers), "qep-gptq"))
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["least", "some", "1TiB"])
+@pytest.mark.parametrize("recipe", ["gptq", "qep-gptq", "default"])
+def test_the_promise_is_kept(recipe: str, limit: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    make_random_llama(model, preset="quarter", layers=2)
+    least = least_memory(model, recipe, samples=32, seqlen=512, calibration=TEXT)
+    memory = {"least": str(least), "some": str(least + 2**27)}.get(limit, limit)
+    command = [
+        sys.executable, "-m", "mezzotint", "quantize", str(model), "--out", str(tmp_path / "out"), "--recipe", recipe,
+        "--calibration", str(TEXT), "--samples", "32", "--seqlen", "512", "--memory", memory, "--device", "cpu",
+        "--set", "grid.bits=4", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["peak_rss_bytes"] == pytest.approx(report["promised_peak_memory_bytes"], rel=0.15)
