@@ -24,7 +24,8 @@ def refuses_stream(source: Source, *, untie: bool) -> str | None:
     if model.head is None or model.final_norm is None or not model.final_norm.on_stream:
         return "it has no output head behind a norm of the residual stream"
     if model.matrices[model.head].tied_to is not None and not untie:
-        size = source.checkpoint.tensors[source.checkpoint.sources(model.embedding)[0]].nbytes
+        parameter = model.matrices[model.embedding].parameter
+        size = source.checkpoint.tensors[source.checkpoint.sources(parameter)[0]].nbytes
         return (
             f"its head is the embedding, and only one of them may take the gain of the final norm: untied, the model "
             f"grows by {size / 2**20:.1f} MiB. Allow that with --untie, or rotate heads only with --residual none"
@@ -57,7 +58,7 @@ def rotate_stream(source: Source, rotation: Tensor) -> None:
     model, add = source.map, source.checkpoint.rewriting.add
     assert model.final_norm is not None
     edges = [group.norm for block in model.blocks for group in block.groups if group.norm is not None]
-    add(model.embedding, Turned(matrix=rotation))
+    add(model.matrices[model.embedding].parameter, Turned(matrix=rotation))
     for edge in dict.fromkeys([*edges, model.final_norm]):
         _turn_readers(source, edge, rotation)
     for matrix in _writers(source):

@@ -73,7 +73,7 @@ def phases(source: Source, entries: Sequence[Entry], tokens: Tokens | None) -> t
     by_name = {entry.matrix: entry for entry in entries}
     found = {Phases(fixed=BASE_BYTES + _from_checkpoint(source, by_name, tokens))}
     if tokens is not None:
-        embedding = source.skeleton.get_parameter(source.map.embedding).numel()
+        embedding = _numel(source, source.map.embedding)
         stored = max(t.dtype.itemsize for t in source.checkpoint.tensors.values())
         found.add(Phases(fixed=BASE_BYTES + embedding * (_FLOAT + stored)))
         for block in source.map.blocks:

@@ -113,7 +113,7 @@ def _add_rotations(source: Source, rotations: Rotations) -> Tensor | None:
             raise ModelError(f"the residual stream of {name!r} cannot be rotated: {why}.")
         norms = [group.norm for block in source.map.blocks for group in block.groups] + [source.map.final_norm]
         keeps_mean = any(edge is not None and edge.has_mean for edge in norms)
-        width = source.skeleton.get_parameter(source.map.embedding).shape[1]
+        width = source.map.matrices[source.map.embedding].shape[1]
         stream = rotation(width, rotations.seed, rotations.residual, keeps_mean=keeps_mean)  # type: ignore[arg-type]
         rotate_stream(source, stream)
     if rotations.heads != "none":
@@ -182,7 +182,7 @@ def _write(plain: Source, turned: Source, rotations: Rotations, folder: Path) ->
         specs.append(TensorSpec(name, dtype if recast and dtype else info.dtype, tuple(info.shape)))
     by_name = {spec.name: spec for spec in specs}
     if untied is not None and untied not in by_name:
-        embedding = by_name[checkpoint.sources(turned.map.embedding)[0]]
+        embedding = by_name[checkpoint.sources(turned.map.matrices[turned.map.embedding].parameter)[0]]
         by_name[untied] = embedding._replace(name=untied)
     check_space(folder, sum(spec.nbytes for spec in by_name.values()))
     with ShardWriter(folder, list(by_name.values())) as writer:
