@@ -31,7 +31,12 @@ MANY_CODES = {"trellis": "states outnumber their values, and paths may cross"}
 def codebook_sizes(grid, shape, index_bits, tile):
     scale_bits = grid.storage_dtype.itemsize * 8
     return reference.codebook_sizes(
-        shape, index_bits=index_bits, tile=tile, group_size=grid.group_size, scale_bits=scale_bits
+        shape,
+        index_bits=index_bits,
+        tile=tile,
+        group_size=grid.group_size,
+        scale_bits=scale_bits,
+        one_scale=grid.scale_per == "matrix",
     )
 
 
@@ -194,7 +199,7 @@ def test_rows_are_fitted_and_taken_independently(name, data):
     part = grid.take_rows(rows)
     fitted = grid.grid.fit(problem.weight[rows], problem.statistics.importance)
     if getattr(grid.grid, "scale_per", "row") == "matrix":  # fitted on all rows, and kept by some of them
-        fitted = replace(fitted, scale=grid.scale)
+        fitted = replace(fitted, scale=grid.scale[rows] if grid.scale.ndim == 2 else grid.scale)
     Snapshot.of(part.parameters, part.affine).check(fitted.parameters, fitted.affine)
     assert part.shape == fitted.shape == tuple(problem.weight[rows].shape)
     values = drawn_values(data, problem)

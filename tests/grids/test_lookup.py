@@ -1,7 +1,7 @@
 """What is particular to the lookup grid: its tables, how a value is found in them, and how scales are chosen."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -83,6 +83,18 @@ def test_nearest_is_the_binary_search(table, bits, dtype):
     torch.testing.assert_close(found.values(found.nearest(x)), found.entries[expected], rtol=0, atol=0)
 
 
+def groups(problem):
+    """Weights that share a scale, their importance, and the scale; two rows' worth where there are many."""
+    fitted, weight, importance = problem.grid, problem.weight.numpy(), problem.statistics.importance.numpy()
+    if fitted.grid.scale_per == "matrix":
+        assert bool((fitted.scale == fitted.scale[0, 0]).all())
+        yield weight.ravel(), np.tile(importance, len(weight)), float(fitted.scale[0, 0])
+        return
+    for row, start in np.ndindex(min(len(weight), 2), fitted.scale.shape[1]):
+        columns = slice(start * fitted.group_size, (start + 1) * fitted.group_size)
+        yield weight[row, columns], importance[columns], float(fitted.scale[row, start])
+
+
 @given(problems(["rms", "absmax", "error", "weighted"]), st.data())
 def test_codes_are_the_nearest_of_all(problem, data):
     weight, fitted = problem.weight[:2], problem.grid
@@ -107,24 +119,20 @@ def test_error_of_normal_weights(bits):
 @given(problems(["rms", "absmax"]))
 def test_plain_ranges(problem):
     fitted, codebook = problem.grid, problem.grid.grid.codebook(torch.float64, CPU)
-    for row, start in np.ndindex(*fitted.scale.shape):
-        group = problem.weight[row, start * fitted.group_size : (start + 1) * fitted.group_size].numpy()
+    for group, _, scale in groups(problem):
         if fitted.grid.range == "absmax":
             expected = np.abs(group).max() / codebook.largest
         else:
             expected = np.sqrt((group**2).mean()) / codebook.deviation
         # rounded to float32, and twice on the way there
-        assert float(fitted.scale[row, start]) == pytest.approx(expected, rel=2e-7, abs=0)
+        assert scale == pytest.approx(expected, rel=2e-7, abs=0)
 
 
 @given(problems(["error", "weighted"]))
 def test_the_search_comes_close_to_the_best_of_many_scales(problem):
     fitted = problem.grid
-    weight, importance = problem.weight.numpy()[:2], problem.statistics.importance.numpy()
     entries = fitted.grid.codebook(torch.float64, CPU)
-    for row, start in np.ndindex(len(weight), min(fitted.scale.shape[1], 2)):
-        columns = slice(start * fitted.group_size, (start + 1) * fitted.group_size)
-        group, weights = weight[row, columns], importance[columns]
+    for group, weights, found_scale in islice(groups(problem), 4):
         if fitted.grid.range == "error":
             weights = np.ones_like(group)
         if not group.any() or not (weights * group**2).any():
@@ -133,7 +141,7 @@ def test_the_search_comes_close_to_the_best_of_many_scales(problem):
         wide = max(1.5 * plain, np.abs(group).max() / entries.largest)
         found, start_error, *others = (
             reference.codebook_error(group, weights, scale, entries.entries[:, None].numpy())
-            for scale in (float(fitted.scale[row, start]), plain, *np.linspace(0.5 * plain, wide, 60))
+            for scale in (found_scale, plain, *np.linspace(0.5 * plain, wide, 60))
         )
         assert found <= start_error * (1 + 1e-5) + 1e-12
         # steps of a fifteenth are followed by finer ones around the best only: a narrow valley elsewhere may be missed,

@@ -119,11 +119,12 @@ def gguf_sizes(shape, *, type_name):
     return code, side
 
 
-def codebook_sizes(shape, *, index_bits, tile, group_size, scale_bits):
+def codebook_sizes(shape, *, index_bits, tile, group_size, scale_bits, one_scale=False):
     """Bits of what a grid of a codebook stores, counted one by one: (codes, scales and what fills up rows)."""
     rows, columns = shape
     code = sum(index_bits for _ in range(rows) for _ in range(0, columns, tile))
     side = sum(scale_bits for _ in range(rows) for _ in range(0, columns, group_size or columns))
+    side = scale_bits if one_scale else side
     return code, side + sum(unfilled(columns // tile * index_bits, 32) for _ in range(rows))
 
 

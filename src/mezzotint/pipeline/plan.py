@@ -15,6 +15,7 @@ from mezzotint.core.contracts import Bits, Block, Grid, Matrix, Transform
 from mezzotint.core.files import Entry, Format, Plan
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.formats.dense import Dense
+from mezzotint.formats.gguf import Gguf
 from mezzotint.formats.native import Native
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import check_compensation
@@ -225,6 +226,8 @@ def stored_bits(form: Format, matrix: Matrix, grid: Grid, transform: Transform |
         grid: without any ``auto``.
         transform: whose basis is stored beside, or None.
     """
+    if isinstance(form, Gguf):  # nothing beside the blocks comes into the file
+        return grid.stored_bits(matrix.shape)
     packed = Native() if isinstance(form, Dense) else form
     total = 8 * sum(spec.nbytes for spec in packed.specs(matrix, grid, torch.float32, transform))
     code = grid.stored_bits(matrix.shape).code
