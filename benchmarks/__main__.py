@@ -96,6 +96,7 @@ def run_row(
         if not suite.get("evaluate", True):
             return result
         sizes = ["--seqlen", str(protocol["eval_seqlen"]), "--windows", str(protocol["eval_windows"])]
+        sizes += ["--precision", protocol.get("eval_precision", "float32")]
         compared = [*sizes, "--against", str(model), "--cache", str(cache)]
         if "text" in protocol:
             result["evaluate"] = run(["evaluate", str(out), "--text", protocol["text"], *compared])

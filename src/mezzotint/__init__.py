@@ -100,7 +100,7 @@ def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None 
         text: a file, or a data set by name.
         against: the original.
         **options: ``seqlen``, ``windows``, ``device``, ``memory``, ``cache`` (folder that keeps the original's states),
-            ``trust_remote_code``, ``progress``.
+            ``precision``, ``trust_remote_code``, ``progress``.
 
     Raises:
         MezzotintError: a folder or the text cannot be used.

@@ -8,8 +8,9 @@ import torch
 from mezzotint.core.precision import products_in
 from mezzotint.core.statistics import Accumulator
 from mezzotint.errors import ConfigError
+from mezzotint.pipeline.evaluate import evaluate
 from mezzotint.pipeline.report import REPORT_NAME
-from pipeline.runs import TINY_LLAMA, plan_of, quantized, request_of, tiny
+from pipeline.runs import TEXT, TINY_LLAMA, plan_of, quantized, request_of, tiny
 
 
 @pytest.fixture
@@ -60,3 +61,17 @@ def test_auto_is_what_the_model_is_stored_in(tmp_path: Path) -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32"):
         request_of(TINY_LLAMA, precision="float23")
+
+
+def test_evaluation_keeps_states_of_each_precision_apart(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantized(TINY_LLAMA, out, "rtn", bits=4)
+    options = {"against": TINY_LLAMA, "seqlen": 64, "cache": tmp_path / "states"}
+    exact, rounded, again = (
+        evaluate(out, str(TEXT), precision=p, **options) for p in ("float32", "bfloat16", "float32")
+    )
+    assert again == exact
+    assert len(list((tmp_path / "states").iterdir())) == 2
+    assert rounded.kl_nats == pytest.approx(exact.kl_nats, rel=0.02)
+    with pytest.raises(ConfigError, match="precision"):
+        evaluate(out, str(TEXT), precision="int8", **options)

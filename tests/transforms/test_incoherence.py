@@ -116,4 +116,4 @@ def test_its_grid_reaches_to_two_and_two_fifths_of_the_rms():
     )
     levels = fitted.decode(fitted.encode(weight)).unique().double()
     torch.testing.assert_close(levels, reach * torch.tensor([-1, -1 / 3, 1 / 3, 1], dtype=torch.float64))
-    assert grid.stored_bits((6, 40)).side == 32
+    assert fitted.store(fitted.encode(weight), (6, 40))["scale"].numel() == 1

@@ -28,6 +28,12 @@ WindowCount = Annotated[int | None, typer.Option("--windows", help="Use the firs
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder that keeps the original's states for the next comparison.")
 ]
+Products = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="Of products: float32, or bfloat16, which takes half the time where there is AMX."
+    ),
+]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, e.g. arc_easy,piqa (extra 'eval').")]
 TaskPath = Annotated[
     list[Path] | None, typer.Option("--task-path", help="Folder with further task files, for local data.")
@@ -49,6 +55,7 @@ def evaluate(
     seqlen: WindowTokens = None,
     windows: WindowCount = None,
     cache: Cache = None,
+    precision: Products = "float32",
     tasks: Tasks = None,
     task_path: TaskPath = None,
     limit: Limit = None,
@@ -82,7 +89,14 @@ def evaluate(
         if text is not None:
             with tables.bar(errors, "evaluating") as progress:
                 result = texts.evaluate(
-                    model, text, seqlen=seqlen, windows=windows, cache=cache, progress=progress, **common
+                    model,
+                    text,
+                    seqlen=seqlen,
+                    windows=windows,
+                    cache=cache,
+                    precision=precision,
+                    progress=progress,
+                    **common,
                 )
         if tasks is not None:
             scores = evaluate_tasks(

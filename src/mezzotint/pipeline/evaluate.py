@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mezzotint.calibration import Windows, check_vocabulary, consecutive_windows, load_tokenizer, read_text
 from mezzotint.calibration.hub import EVALUATED
-from mezzotint.errors import CalibrationError, NonFiniteError, WriteError
+from mezzotint.core.precision import PRECISIONS, products_in
+from mezzotint.errors import CalibrationError, ConfigError, NonFiniteError, WriteError, unknown
 from mezzotint.evaluation import Divergence, Evaluation, chunks
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import Bypass, through
@@ -34,6 +35,7 @@ def evaluate(
     device: str = "cpu",
     memory: int | None = None,
     cache: Path | None = None,
+    precision: str = "float32",
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Evaluation:
@@ -51,13 +53,18 @@ def evaluate(
         device: ``cpu`` or ``cuda``.
         memory: bytes of activations that may be held in memory; more is spilled.
         cache: folder where what the reference's last block gives is kept, so that other models are compared with it
-            at half the cost; found again for the same files, tokens and windows only.
+            at half the cost; found again for the same files, tokens, windows and precision only.
+        precision: of matrix products, ``float32`` or ``bfloat16`` (see `products_in`): about half the time on
+            processors with AMX. Of SmolLM2-135M at 3 bits it moved a divergence of .470 nats by .1 %.
         trust_remote_code: run Python code from the folders.
         progress: told of blocks and windows done.
 
     Raises:
         ModelError, CalibrationError: a folder or the text cannot be used.
+        ConfigError: an unknown precision.
     """
+    if precision not in PRECISIONS:
+        raise ConfigError(unknown("precision", precision, PRECISIONS))
     sources = [open_source(folder, trust_remote_code=trust_remote_code) for folder in (model, against) if folder]
     tokenizer = load_tokenizer(sources[0].folder, trust_remote_code=trust_remote_code)
     for source in sources:
@@ -73,6 +80,7 @@ def evaluate(
         source=text,
     )
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
+        stack.enter_context(products_in(precision))
         divergence = _compare(
             sources, chosen, Path(scratch), stack, device=device, memory=memory, cache=cache, progress=progress
         )
@@ -133,7 +141,11 @@ def _compare(
     finals = [run_blocks(sources[0], batches, Store(budget, scratch), device=device, step=step)]
     for source in sources[1:]:
         store = Store(budget, scratch)
-        kept = None if cache is None else cache / f"{_fingerprint(source, windows)}.safetensors"
+        kept = (
+            None
+            if cache is None
+            else cache / f"{_fingerprint(source, windows, torch.get_float32_matmul_precision())}.safetensors"
+        )
         if kept is not None and kept.is_file():
             for name, hidden in load_file(kept, device=device).items():
                 store.put(int(name), hidden)
@@ -170,9 +182,9 @@ def _digest(windows: Windows) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(source: Source, windows: Windows) -> str:
-    """Of a model's files and of the tokens it runs on."""
-    digest = hashlib.sha256(_digest(windows).encode())
+def _fingerprint(source: Source, windows: Windows, precision: str) -> str:
+    """Of a model's files, of the tokens it runs on and of how."""
+    digest = hashlib.sha256(f"{_digest(windows)} {precision}".encode())
     for path in sorted(path for path in source.folder.iterdir() if path.suffix in (".json", ".safetensors", ".gguf")):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
