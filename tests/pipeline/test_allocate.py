@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import mezzotint
+from mezzotint.core.contracts import Aim
+from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.models import Source
-from mezzotint.pipeline import allocate
+from mezzotint.pipeline import allocate, pricing
 from mezzotint.pipeline.allocate import Allocated, allocated
 from mezzotint.pipeline.budgeted import quantize
 from mezzotint.pipeline.footprint import serving_bytes
@@ -20,6 +22,7 @@ from mezzotint.pipeline.noise import noise_insertion
 from mezzotint.pipeline.pricing import Price
 from mezzotint.pipeline.report import REPORT_NAME
 from mezzotint.pipeline.source import open_original
+from mezzotint.rounding.gptq import Gptq
 from pipeline.runs import TINY_LLAMA, opened, plan_of, quantized, request_of, stock, windows_of
 from pipeline.twins import run
 
@@ -54,8 +57,8 @@ def test_no_better_uniform_choice_fits() -> None:
         assert best <= point.predicted_kl_nats * 1.05  # the hull has gaps, whose ends lie below every uniform point
 
 
-def test_losses_are_errors_weighed_by_rows_columns_and_feedback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One price by hand, in float64: nearest rounding of one matrix, and the block LDL of its inputs."""
+def test_losses_are_those_of_rounded_rows_in_the_norm_of_inputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One price by hand, in float64, from what the rounding makes of every row."""
     prices: dict[str, tuple[Price, ...]] = {}
     price = allocate.price
 
@@ -64,21 +67,35 @@ def test_losses_are_errors_weighed_by_rows_columns_and_feedback(monkeypatch: pyt
         return prices
 
     monkeypatch.setattr(allocate, "price", spy)
+    monkeypatch.setattr(pricing, "_ROWS", 10_000)
     result = found("gptq", {"grid.group_size": 32, "rounding.damping": 0.01, "rounding.order": "natural"}, bits=3.5)
     name = "model.layers.1.mlp.up_proj"
     source = opened(TINY_LLAMA)
-    weight = source.checkpoint.parameter(source.map.matrices[name].parameter).double()
+    weight = source.checkpoint.parameter(source.map.matrices[name].parameter).float()
     inputs = inputs_of(source, name, result)
     gram = inputs.T @ inputs
-    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-    lower = torch.linalg.cholesky(gram.flip(0, 1))  # the last column first: what is left of each after all later ones
-    ratio = float(lower.diagonal().square().sum() / gram.diagonal().sum())
+    statistics = Statistics(tokens=float(len(inputs)), gram=gram.float())
     sensitivity = result.sensitivities[name]
+    assert sensitivity.columns is not None
+    by_input = gram * (sensitivity.columns / gram.diagonal()).sqrt().outer(
+        (sensitivity.columns / gram.diagonal()).sqrt()
+    )
     for choice in prices[name]:
-        fitted = choice.grid.fit(weight.float(), (inputs**2).mean(0).float())
-        error = fitted.decode(fitted.encode(weight.float())).double() - weight
-        spread = sensitivity.rows[:, None] * sensitivity.columns / sensitivity.rows.sum()
-        assert choice.loss == pytest.approx(0.5 * ratio * float((spread * error**2).sum()), rel=1e-3)
+        fitted = choice.grid.fit(weight, statistics.importance)
+        error = (Gptq(order="natural").round(Aim(matrix=weight), fitted, statistics).value - weight).double()
+        loss = 0.5 * float(torch.einsum("o,oi,ij,oj->", sensitivity.rows, error, by_input, error) / sensitivity.trace)
+        assert choice.loss == pytest.approx(loss, rel=1e-2)  # a code at the border of two, in float32
+        assert sensitivity.loss(error.float(), gram) == pytest.approx(loss, rel=1e-4)
+
+
+def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for rows in (10_000, 48):
+        monkeypatch.setattr(pricing, "_ROWS", rows)
+        result = found("gptq", {"grid.group_size": 32}, bits=3.5)
+        losses.append([point.predicted_kl_nats for point in result.points if point.kind == "uniform"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert losses[1] != losses[0]
 
 
 def inputs_of(source: Source, name: str, result: Allocated) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """How much a model loses for an error in a matrix, as numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64
@@ -18,23 +18,30 @@ class Sensitivity:
     Attributes:
         energy: mean square of the weights.
         rows: diagonal of ``F`` summed over inputs, ``[out]``, nats per token and squared weight.
-        columns: diagonal of ``F`` summed over outputs, ``[in]``; its sum is that of ``rows``.
+        columns: diagonal of ``F`` summed over outputs, ``[in]``; its sum is that of ``rows``. None if it is not known:
+            then columns count as their inputs do, or alike.
         relative_error: standard error of the trace over the trace, from its spread over windows; None for a single
             window.
     """
 
     energy: float
     rows: Float64[Tensor, " out"]
-    columns: Float64[Tensor, " in"]
+    columns: Float64[Tensor, " in"] | None
     relative_error: float | None = None
 
     @classmethod
     def even(cls, fisher: float, weight: Float[Tensor, "out in"]) -> "Sensitivity":
-        """Of a matrix of which only ``fisher`` is known: alike in all rows and columns."""
+        """Of a matrix of which only ``fisher`` is known: alike in all rows."""
         energy = float(weight.square().mean(dtype=torch.float64))
         trace = 2.0 * fisher / energy if energy else 0.0
-        rows, columns = (torch.full((size,), trace / size, dtype=torch.float64) for size in weight.shape)
-        return cls(energy=energy, rows=rows, columns=columns)
+        rows = torch.full((weight.shape[0],), trace / weight.shape[0], dtype=torch.float64)
+        return cls(energy=energy, rows=rows, columns=None)
+
+    def of_rows(self, rows: slice) -> "Sensitivity":
+        """Of some rows that stand for all: their part of the trace counts as the whole."""
+        part = self.rows[rows]
+        total = float(part.sum())
+        return replace(self, rows=part * (self.trace / total) if total else part)
 
     @property
     def trace(self) -> float:
@@ -47,19 +54,22 @@ class Sensitivity:
 
         ``E[1/2 dW' F dW] = a e`` for errors without a preferred place or direction, ``E[dW dW'] = e mean(W^2) I``
         (HIGGS, arXiv 2411.17525, linearity; a rotation before rounding makes errors such). Rounding that lets later
-        columns make up for earlier ones loses less: times `mezzotint.core.statistics.block_ldl_ratio`.
+        columns make up for earlier ones loses less: times `mezzotint.core.statistics.block_ldl_ratio`, see `loss`.
         """
         return 0.5 * self.energy * self.trace
 
-    def loss(self, error: Float[Tensor, "out in"]) -> float:
-        """Nats per token that an error costs: ``1/2 sum_oi rows_o columns_i / tr F dW_oi^2``.
+    def loss(self, error: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None = None) -> float:
+        """Nats per token that an error costs: ``1/2 sum_o rows_o / tr F (dW G dW')_oo``.
 
-        This takes the diagonal of ``F`` for the product of its marginals, and errors of different weights for
-        uncorrelated. For an error spread evenly it is ``fisher * e``; it tells apart errors that fall on different
-        outputs and inputs.
+        The diagonal of ``F`` is taken for the product of its marginals. ``G`` is diagonal with ``columns`` where
+        nothing else is known: errors of different weights count as uncorrelated. With the second moments ``H`` of the
+        inputs, ``G_ij = H_ij sqrt(columns_i columns_j / (H_ii H_jj))``: a rounding that lets later columns make up for
+        earlier ones gets what it earns, and clipped weights lose what they lose together. For an error without a
+        preferred place or direction both are ``fisher * e``.
 
         Args:
             error: difference of the matrix that will be stored and the original.
+            gram: ``H``, up to a factor.
 
         Example:
             >>> import torch
@@ -70,5 +80,14 @@ class Sensitivity:
         trace = self.trace
         if trace == 0:
             return 0.0
-        squares = error.to(self.rows).square()
-        return 0.5 * float(self.rows @ squares @ self.columns) / trace
+        size = error.shape[1]
+        columns = torch.full((size,), trace / size, dtype=torch.float64) if self.columns is None else self.columns
+        if gram is None:
+            squares = error.to(self.rows).square()
+            return 0.5 * float(self.rows @ squares @ columns) / trace
+        seen = gram.diagonal().double()
+        if self.columns is None:
+            columns = seen * (trace / float(seen.sum()))
+        scaled = error * (columns / seen).sqrt().masked_fill(seen == 0, 0.0).to(error)
+        products = ((scaled @ gram.to(scaled)) * scaled).sum(dim=1, dtype=torch.float64)
+        return 0.5 * float(self.rows.to(products) @ products) / trace

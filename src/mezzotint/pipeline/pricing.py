@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.allocation.sensitivity import Sensitivity
-from mezzotint.core.contracts import Grid, Matrix, Rounding
+from mezzotint.core.contracts import Aim, Grid, Matrix, Rounding
 from mezzotint.core.files import Entry
 from mezzotint.core.statistics import Statistics, block_ldl_ratio, padded
 from mezzotint.errors import ConfigError
@@ -19,6 +18,7 @@ from mezzotint.pipeline.plan import Planned, stored_bits
 from mezzotint.pipeline.solve import Solved, Solver, trusted
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import Sweep
+from mezzotint.rounding.gptq import Gptq
 from mezzotint.targets.weight import WeightTarget
 
 _WHOLE = tuple(range(2, 9))
@@ -31,6 +31,7 @@ _BITS: Mapping[str, tuple[float | int, ...]] = {
     "vector": _HALVES,
     "trellis": _QUARTERS,
 }
+_ROWS = 128  # of a matrix, evenly spaced, that are rounded to see what a grid costs it
 _ENGINE_BITS: Mapping[str, tuple[float | int, ...]] = {"vllm": (4, 8)}
 
 
@@ -129,12 +130,14 @@ class _Pricer(Solver):
                 turned_weight = basis.weight(weight)
             if entry.grid.pads:
                 turned_weight, statistics = padded(turned_weight, statistics, entry.grid.multiple)
-            ratio = feedback_ratio(entry.rounding, statistics, entry.grid.tile[1])
             sensitivity = self._sensitivities[matrix.name]
+            if basis is not None:  # errors are spread over all rows alike, and over columns as their inputs are
+                sensitivity = Sensitivity.even(sensitivity.fisher, weight)
+            rounding = _on_equal_inputs(entry.rounding)
             self.prices[matrix.name] = tuple(
                 Price(
                     grid=grid,
-                    loss=ratio * predicted(grid, turned_weight, statistics, sensitivity, spread=basis is not None),
+                    loss=predicted(rounding, grid, turned_weight, statistics, sensitivity),
                     bits=self._size(entry, grid),
                     seconds=self._seconds(entry, grid),
                 )
@@ -145,38 +148,38 @@ class _Pricer(Solver):
 
 
 def predicted(
-    grid: Grid, weight: Tensor, statistics: Statistics | None, sensitivity: Sensitivity, *, spread: bool
+    rounding: Rounding, grid: Grid, weight: Tensor, statistics: Statistics | None, sensitivity: Sensitivity
 ) -> float:
-    """Nats per token that rounding to nearest costs.
+    """Nats per token that rounding to a grid costs.
 
-    Where a transform has spread errors over all weights alike, only their energy counts; the trellis' is known without
-    a search, because its weights are then as good as normal. Elsewhere the errors themselves are weighed by rows and
-    columns.
+    Some rows are rounded, and stand for all. Only a trellis needs no trial: weights that a transform has made as good
+    as normal lose what is known of its codes, less what feedback makes up for.
 
     Args:
+        rounding: on equal inputs.
         grid: to fit and to round to.
         weight: in the basis of the grid.
-        statistics: of the inputs there.
+        statistics: of the inputs there; None if nothing is known.
         sensitivity: of the matrix.
-        spread: a transform has spread errors.
     """
+    known = statistics if statistics is not None and "gram" in rounding.needs | grid.needs else None
     if isinstance(grid, TrellisGrid):
-        return sensitivity.fisher * measured(grid.states)[grid.rate].distortion
-    fitted = grid.fit(weight, None if statistics is None else statistics.importance)
-    error = fitted.decode(fitted.encode(weight)) - weight
-    if not spread:
-        return sensitivity.loss(error)
-    energy = float(weight.square().sum(dtype=torch.float64))
-    return sensitivity.fisher * float(error.square().sum(dtype=torch.float64)) / max(energy, 1e-30)
+        ratio = 1.0
+        if known is not None:
+            ratio = block_ldl_ratio(known, grid.tile[1], rounding.damping, order=rounding.order)  # pyright: ignore[reportAttributeAccessIssue]
+        return sensitivity.fisher * measured(grid.states)[grid.rate].distortion * ratio
+    rows = slice(None, None, max(1, weight.shape[0] // _ROWS))
+    part = weight[rows].float()
+    fitted = grid.fit(part, None if known is None else known.importance)
+    error = rounding.round(Aim(matrix=part), fitted, known).value - part
+    return sensitivity.of_rows(rows).loss(error, None if known is None else known.gram)
 
 
-def feedback_ratio(rounding: Rounding, statistics: Statistics | None, tile: int) -> float:
-    """What a rounding that lets later columns make up for earlier ones loses, over rounding to nearest."""
-    if statistics is None or "gram" not in rounding.needs:
-        return 1.0
-    return block_ldl_ratio(
-        statistics, tile, getattr(rounding, "damping", 0.01), order=getattr(rounding, "order", "natural")
-    )
+def _on_equal_inputs(rounding: Rounding) -> Rounding:
+    """What roundings that see the drift of the inputs do where there is none."""
+    if rounding.needs <= {"gram"}:
+        return rounding
+    return Gptq(damping=rounding.damping, order=rounding.order)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def price(
