@@ -157,6 +157,27 @@ def corrections() -> list[str]:
     return [heading, "", *lines]
 
 
+def screened() -> list[str]:
+    """Every correction with every range on the small model."""
+    columns = [(bits, size) for bits in (4, 3, 2) for size in ("null", "32")]
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for r in rows_of("corrections"):
+        row = r["settings"]["row"]
+        size = next(s.split("=")[1] for s in row["set"] if s.startswith("grid.group_size="))
+        found.setdefault(row["name"], {})[row["bits"], size] = r["evaluate"]["kl_nats"]
+    titles = " | ".join(f"{bits}, {'a row' if size == 'null' else 'groups'}" for bits, size in columns)
+    lines = [f"| recipe | {titles} |", "|---|" + "---|" * len(columns)]
+    for name, losses in found.items():
+        cells = (f"{losses[column]:.3f}" if column in losses else "" for column in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    heading = (
+        "stories260k, protocol *screen*: KL in nats per token by bits, with a scale a row or for groups of 32 columns; "
+        "`plain` ranges\nminimise the squared error of weights, `weighted` ones that of the inputs' energies "
+        "(`python -m benchmarks corrections`).\nNumbers behind `qep` are strength and damping:"
+    )
+    return [heading, "", *lines]
+
+
 def gguf_files() -> list[str]:
     """Our GGUF files against those of llama.cpp's quantizer, at equal size."""
     lines = ["| model | size of | bytes | quantizer | KL, nats/token | perplexity |", "|---|---|---|---|---|---|"]
@@ -192,6 +213,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
     docs = ROOT / "docs"
     return {
         ROOT / "README.md": (quality(), trellises(), generation(), costs()),
+        docs / "propagation.md": (screened(), corrections()),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(),),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
