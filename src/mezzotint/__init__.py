@@ -80,9 +80,9 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
         model: folder of the original.
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
         **overrides: ``bits``, ``size`` and ``fits`` (bytes), ``context``, ``tokens_per_second``, ``settings`` (dotted
-            names to values), ``keep`` (globs), ``engine``, ``calibration``, ``samples``, ``seqlen``, ``field``,
-            ``lines``, ``packing``, ``seed``, ``device``, ``precision``, ``memory`` (bytes), ``trust_remote_code``; as
-            the options of the command line.
+            names to values), ``keep`` (globs), ``engine``, ``format``, ``calibration``, ``samples``, ``seqlen``,
+            ``field``, ``lines``, ``packing``, ``seed``, ``device``, ``precision``, ``memory`` (bytes),
+            ``trust_remote_code``; as the options of the command line.
 
     Raises:
         MezzotintError: what is wrong with the request or the model.
@@ -191,6 +191,8 @@ def _request(
     tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: Sequence[str] = (),
+    engine: str | None = None,
+    format: str | None = None,  # noqa: A002
     calibration: str | Path = "self",
     samples: int | None = None,
     seqlen: int | None = None,
@@ -206,6 +208,8 @@ def _request(
         model=Path(model),
         recipe=resolve_recipe(
             recipe,
+            engine=engine,
+            form=format,
             bits=bits,
             size=size,
             fits=fits,
@@ -217,6 +221,8 @@ def _request(
         calibration=CalibrationRequest(
             source=str(calibration), samples=samples, seqlen=seqlen, field=field, lines=lines, packing=packing
         ),
+        engine=engine,
+        format=format,
         device=resolve_device(device),
         **rest,
     )

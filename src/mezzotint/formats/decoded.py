@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mezzotint.core.structure import Matrix
 from mezzotint.errors import FormatError
-from mezzotint.formats import native
+from mezzotint.formats import gptq, native
 from mezzotint.formats.compressed_tensors import CompressedTensors
+from mezzotint.formats.schemes import uniform_grid
 from mezzotint.grids.uniform import UniformGrid
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,8 @@ def packed_weights(
     """
     if quantization.get("quant_method") == native.METHOD:
         return _native_weights(quantization, tensors, read)
+    if quantization.get("quant_method") == gptq.METHOD:
+        return _gptq_weights(quantization, tensors, read)
     return _pack_quantized_weights(quantization, tensors, read)
 
 
@@ -75,6 +77,33 @@ def _native_weights(
             return scheme.restore(stored).dense()
 
         found[f"{module}.weight"] = PackedWeight(parts=parts, dtype=torch.float32, shape=scheme.shape, dense=dense)
+    return found
+
+
+def _gptq_weights(
+    quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, PackedWeight]:
+    form = gptq.reader_of(quantization)
+    found: dict[str, PackedWeight] = {}
+    for name in tensors:
+        module = name.removesuffix(".qweight")
+        if module == name:
+            continue
+        parts = tuple(f"{module}.{part}" for part in gptq.PARTS)
+        for part in parts:
+            if part not in tensors:
+                raise FormatError(f"{part} is missing; the folder is broken. Make or download it again.")
+        scales = tensors[f"{module}.scales"]
+        grid = gptq.read_grid(quantization, module, scales.dtype)
+        shape = int(scales.shape[1]), int(tensors[f"{module}.g_idx"].shape[0])
+        matrix = Matrix(
+            name=module, parameter=f"{module}.weight", sources=(f"{module}.weight",), shape=shape, fusion=""
+        )
+
+        def dense(matrix: Matrix = matrix, parts: tuple[str, ...] = parts, grid: UniformGrid = grid) -> Tensor:
+            return form.weight(matrix, {part: read(part) for part in parts}, grid).dense()
+
+        found[f"{module}.weight"] = PackedWeight(parts=parts, dtype=scales.dtype, shape=shape, dense=dense)
     return found
 
 
@@ -120,10 +149,9 @@ def _groups(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _grid(weights: Mapping[str, Any], dtype: torch.dtype) -> UniformGrid:
-    return UniformGrid(
-        bits=weights["num_bits"],
-        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
-        symmetric=weights["symmetric"],
-        range="minmax",
-        scale_dtype=_DTYPES[dtype],  # type: ignore[arg-type]
-    )
+    scheme = {
+        "bits": weights["num_bits"],
+        "group_size": weights["group_size"] if weights["strategy"] == "group" else None,
+        "symmetric": weights["symmetric"],
+    }
+    return uniform_grid(scheme, dtype)

@@ -23,7 +23,7 @@ from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, esti
 from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
 from mezzotint.pipeline.parts import check_parts
 from mezzotint.pipeline.recipe import Recipe, Stages
-from mezzotint.pipeline.request import ENGINES, Request
+from mezzotint.pipeline.request import Request
 from mezzotint.registry import FORMATS, ROUNDINGS, TARGETS, TRANSFORMS
 
 SELF_SEQLEN = 256
@@ -114,7 +114,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         peak_memory_bytes=costs.peak_memory_bytes,
         fingerprint=_fingerprint(source, request, entries, calibration, precision),
     )
-    refusals = form.refuses_plan(plan, source.map)
+    refusals = (*form.refuses_plan(plan, source.map), *request.loading.refuses_plan(plan, source.map))
     if refusals:
         raise FormatError(f"format {form.name!r} ({because}) cannot hold this plan: {refusals[0]}")
     shapes = {entry.matrix: source.map.matrices[entry.matrix].shape for entry in entries}
@@ -280,24 +280,27 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
     kinds = [m.linear or (m.lookup and name == Native.name) for m in matrices]
     odd = next((m for m, held in zip(matrices, kinds, strict=True) if not (held and written_alone(m, users))), None)
     if odd is not None and name != "dense":
-        if request.engine is not None:
+        if request.wanted_format is not None:
             raise FormatError(
-                f"--for {request.engine} writes {name}, which holds weights of {holds} only, and {odd.name} is "
-                "another kind of module. Use --for dense, keep it, or leave --for out."
+                f"{because} writes {name}, which holds weights of {holds} only, and {odd.name} is another kind of "
+                "module. Use --for dense, keep it, or leave --for out."
             )
         name, because = "dense", f"{odd.name} is not the weight of {holds} alone, and packed formats hold nothing else"
     form: Format = FORMATS[name]()
     form.check_source(source.folder, source.config.to_dict(), list(source.checkpoint.tensors))
     for entry, matrix in zip(entries, matrices, strict=True):
-        refusal = form.refuses(entry, matrix)
+        refusal = form.refuses(entry, matrix) or request.loading.refuses(
+            name, entry, matrix, head=matrix.name == source.map.head
+        )
         if refusal is not None:
             raise FormatError(f"format {name!r} ({because}) cannot hold {matrix.name}: {refusal}")
     return form, because
 
 
 def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
-    if request.engine is not None:
-        return ENGINES[request.engine], f"--for {request.engine}"
+    wanted = request.wanted_format
+    if wanted is not None:
+        return wanted, f"--format {wanted}" if request.engine is None else f"--for {request.engine}"
     own = next((e for e in entries if e.grid.kind != "uniform" or e.basis is not None), None)
     if own is None:
         return "compressed-tensors", "what most engines load"
@@ -345,5 +348,6 @@ def _fingerprint(
         "seed": calibration and request.seed,
         "precision": calibration and precision,
         "engine": request.engine,
+        "format": request.format,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from mezzotint.errors import ModelError
 from mezzotint.formats import gguf
+from mezzotint.formats.checksums import checked
 from mezzotint.formats.decoded import packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
 from mezzotint.models.checkpoint import TensorInfo
@@ -91,7 +92,7 @@ def decoded(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoi
     Raises:
         FormatError: the packing is not one that can be read.
     """
-    found = packed_weights(quantization, checkpoint.tensors, checkpoint.read)
+    found = packed_weights(quantization, checkpoint.tensors, checked(checkpoint.folder, checkpoint.read))
     hidden = {name for weight in found.values() for name in weight.parts}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in hidden}
     for name, weight in found.items():
