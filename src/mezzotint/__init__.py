@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compare",
+    "convert",
     "evaluate",
     "evaluate_tasks",
     "load",
@@ -127,6 +128,23 @@ def rotate(model: str | Path, *, out: str | Path, trust_remote_code: bool = Fals
     from mezzotint.pipeline.rotate import rotate as run
 
     return run(Path(model), Path(out), Rotations(**choices), trust_remote_code=trust_remote_code)
+
+
+def convert(folder: str | Path, form: str, *, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Write a quantized folder in another format, with the same codes and scales.
+
+    Args:
+        folder: what `quantize` made.
+        form: name of the format; ``dense`` takes everything.
+        out: folder to make; it must not exist, or be empty.
+        **options: ``engine``, ``resume``, ``trust_remote_code``, as the options of the command line, and ``step``.
+
+    Raises:
+        MezzotintError: the format cannot hold what is there without loss; the message says why.
+    """
+    from mezzotint.pipeline.convert import convert as run
+
+    return run(Path(folder), Path(out), form, **options)
 
 
 def evaluate_tasks(

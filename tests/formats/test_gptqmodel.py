@@ -88,7 +88,8 @@ def test_gptqmodel_reads_rules(tmp_path: Path):
 @pytest.mark.parametrize(("bits", "form"), [(2, GptqV2()), (3, Gptq()), (4, Gptq()), (8, Gptq())])
 def test_transformers_agrees(bits: int, form: Gptq, tmp_path: Path):
     original, twin = write(uniform(bits, symmetric=form.version == 1), form, torch.float16, tmp_path)
-    # Its kernels for 4 and 8 bits sum in another order, in float16: 2^-11 of each of some ten products in turn.
+    # Behind some ten products in turn; its kernel for 4 bits multiplies in bfloat16, the others in float16.
     found = read("transformers", tmp_path, "float16")
-    torch.testing.assert_close(found, twin, rtol=0, atol=2**-7 * float(twin.abs().max()))
+    tolerance = 10 * (2**-9 if bits == 4 else 2**-12)
+    torch.testing.assert_close(found, twin, rtol=0, atol=tolerance * float(twin.abs().max()))
     assert float((found - twin).abs().max()) < float((original - twin).abs().max()) / 2

@@ -126,8 +126,8 @@ def test_companions_come_along(tmp_path: Path) -> None:
     quantized(TINY_LLAMA, tmp_path / "out", "rtn")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "config.json", "generation_config.json", "mezzotint.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "LICENCE.md", "README.md",
+        "config.json", "generation_config.json", "mezzotint.json", "mezzotint.checksums.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json", "LICENCE.md", "README.md",
     }  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (TINY_LLAMA / name).read_bytes()

@@ -59,7 +59,7 @@ def open_model(
         found = quantization if isinstance(quantization, dict) else quantization.to_dict()
         if decode is None:
             raise ModelError(
-                f"the model in {str(folder)!r} is already quantized ({found.get('quant_method')}). Give the original "
+                f"the model in {str(folder)!r} is already quantized ({found.get('quant_method')!r}). Give the original "
                 "model. [already-quantized]"
             )
         checkpoint = decode(checkpoint, found)
