@@ -69,7 +69,7 @@ _LOADING = {
     "compressed-tensors": (_PACKED, _VLLM.format(note=" (widths other than 4 and 8 bits need kernels of some GPUs)")),
     "gptq": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),
     "gptq-v2": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),
-    "mezzotint": (_NATIVE,),
+    "mezzotint": (_NATIVE, _VLLM.format(note=", with `mezzotint` installed beside it")),
     "dense": (_TRANSFORMERS, _VLLM.format(note="")),
 }
 
