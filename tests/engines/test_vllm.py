@@ -28,18 +28,16 @@ RULES = [
 ]
 
 
-def _knows_us() -> bool:
-    return PYTHON is not None and subprocess.run([PYTHON, "-c", "import mezzotint"], check=False).returncode == 0
-
-
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(not _knows_us(), reason="MEZZOTINT_VLLM_PYTHON names no python that has vLLM and mezzotint"),
+    pytest.mark.skipif(PYTHON is None, reason="MEZZOTINT_VLLM_PYTHON names no python that has vLLM and mezzotint"),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if subprocess.run([str(PYTHON), "-c", "import mezzotint"], check=False, capture_output=True).returncode:
+        pytest.skip(f"{PYTHON} does not have mezzotint")
     out = tmp_path_factory.mktemp("vllm") / "packed"
     embeddings = {"embeddings.kind": "uniform", "embeddings.bits": 8}
     quantized(
