@@ -223,6 +223,12 @@ class Accumulator:
         if self.mean_abs is not None:
             self.mean_abs.add_(weighted.abs().sum(0))
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The sums so far, besides `tokens`; those of several sets of tokens may be added in place before `finish`."""
+        found = self.gram, self.drift, self.residual, self.mean_abs
+        return tuple(value for value in found if value is not None)
+
     def finish(self) -> Statistics:
         """The sums so far (not copied)."""
         for start in range(_PANEL, self.gram.shape[1], _PANEL):

@@ -47,6 +47,12 @@ class Tokens:
         return min(self.total, max(1, BATCH_TOKENS // self.seqlen) * self.seqlen)
 
 
+def windows_of_batches(windows: int, seqlen: int) -> list[int]:
+    """How many windows run together in each batch: about `BATCH_TOKENS` tokens, on any number of ranks."""
+    size = max(1, BATCH_TOKENS // seqlen)
+    return [min(size, windows - start) for start in range(0, windows, size)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phases:
     """Bytes of a run's phases, the part that spilling cannot lower and the part that it can.
