@@ -90,6 +90,11 @@ class Statistics:
             self._factors[key] = with_enough_damping(lambda used: cholesky_upper(self.gram, used), damping)
         return self._factors[key]
 
+    def forget_ridges(self) -> None:
+        """Free the factors of `ridge`; asked for again, they are made again."""
+        for key in [key for key in self._factors if key[1] == "ridge"]:
+            del self._factors[key]
+
     def solve(self, right: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
         """``right (gram + damping * mean(diag) I)^-1``, at the damping of `ridge`."""
         upper = self.ridge(damping).upper

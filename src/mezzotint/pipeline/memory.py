@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,11 +144,17 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
         width = widths[position]
         each = (width + _WAITING * hidden) * _FLOAT
         held = {"waiting": tokens.total * each, "passing": tokens.batch * each}
+        sharing = Counter(matrices[entry.matrix].expert for entry in members)
         experts = len({matrices[name].expert for name in group.matrices})
         square = width * width * _FLOAT
         sums = experts * _sums(members, group.added_to_residual, square, width * hidden * _FLOAT)
         measuring = base + sums + forward
-        solving = base + sums + max(_solving(entry, _numel(source, entry.matrix) * _FLOAT, square) for entry in members)
+        alone = max(sharing.values()) == 1
+        solving = (
+            base
+            + sums
+            + max(_solving(entry, _numel(source, entry.matrix) * _FLOAT, square, alone=alone) for entry in members)
+        )
         behind = int(streams + sum(kept[position + 1 :]))
         # full-precision inputs are forgotten batch by batch, as the quantized ones come
         here = min(kept[position], tokens.batch * width * _FLOAT)
@@ -164,12 +171,13 @@ def _sums(members: Sequence[Entry], added: bool, square: int, residual: int) -> 
     return sum(sizes.get(name, 0) for names in (needs, judged) for name in names)
 
 
-def _solving(entry: Entry, matrix: int, square: int) -> int:
-    """Factors and copies of one matrix."""
+def _solving(entry: Entry, matrix: int, square: int, *, alone: bool) -> int:
+    """Factors and copies of one matrix; only where others need it too, the ridge stays while there is a factor."""
     ridge = square if "drift" in entry.target.needs else 0
     turned = 2 * square if entry.basis is not None else 0
     factor = square if "gram" in entry.rounding.needs else 0
-    return ridge + turned + factor + (_SOLVING + _REFINING * (entry.refinement is not None)) * matrix
+    factors = max(ridge, turned + factor) if alone else ridge + turned + factor
+    return factors + (_SOLVING + _REFINING * (entry.refinement is not None)) * matrix
 
 
 def unbounded(largest: int) -> int:

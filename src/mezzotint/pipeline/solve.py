@@ -137,8 +137,9 @@ class Solver:
         used, note = trusted(weights[0][0], fit)
         known = Known(fit=fit, used=used, held_out=held_out)
         turned = self._turned(weights, used, held_out, place)
+        last = weights[-1][0]
         for matrix, weight in weights:
-            yield self._one(matrix, weight, known, turned.get(matrix.name), note)
+            yield self._one(matrix, weight, known, turned.get(matrix.name), note, last=matrix is last)
 
     def again(self, solved: Solved, aim: Tensor) -> Solved:
         """The same matrix quantized to another aim ``[out, in]``, in the same basis."""
@@ -146,7 +147,7 @@ class Solver:
         if solved.basis is not None and statistics is not None:
             statistics = solved.basis.statistics(statistics)
         turned = _Turned(Aim(matrix=aim, corrected=True), solved.basis, statistics)
-        found = self._one(solved.matrix, solved.weight, known, turned, {})
+        found = self._one(solved.matrix, solved.weight, known, turned, {}, last=True)
         return replace(found, seconds=solved.seconds + found.seconds)
 
     def deliver(self, solved: Solved) -> None:
@@ -207,6 +208,8 @@ class Solver:
         known: Known,
         turned: _Turned | None,
         note: Mapping[str, float | str],
+        *,
+        last: bool,
     ) -> Solved:
         started = time.perf_counter()
         entry, judge, held_out = self._entries[matrix.name], None, known.held_out
@@ -216,6 +219,10 @@ class Solver:
             rows = WHOLE.rows if entry.target.decides or not entry.grid.rowwise else share.rows
             used = _of_rows(known.used, rows)
             turned = _Turned(self._aim(matrix, weight[rows], used, _of_rows(held_out, rows)), None, used, rows)
+        if last:
+            for statistics in (known.used, turned.statistics):
+                if statistics is not None:
+                    statistics.forget_ridges()  # wide ones are a large part of the memory
         if entry.refinement is not None and held_out is not None and held_out.tokens > 0:
             own = _of_rows(held_out, share.rows)
             assert own is not None
