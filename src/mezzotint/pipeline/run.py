@@ -305,6 +305,8 @@ class _Run:
             self._work.record(record, memory_bytes=memory, elapsed_seconds=elapsed)
             if isinstance(record, MatrixRecord):
                 names.add(record.name)
+            elif self._planned.request.memory is not None:
+                return_freed_memory()
             now = sum(sizes[name] for name in names)
             left = (time.perf_counter() - started) * (whole - now) / (now - before) if now > before else None
             self._tell(
