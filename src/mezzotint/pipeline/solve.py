@@ -196,7 +196,8 @@ class Solver:
 
     def _aim(self, matrix: Matrix, weight: Tensor, used: Statistics | None, held_out: Statistics | None) -> Aim:
         try:
-            return self._entries[matrix.name].target.aim(weight, used, held_out)
+            aim = self._entries[matrix.name].target.aim(weight, used, held_out)
+            return replace(aim, quadratic=None)  # as large as the matrix, and nothing here asks for it
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -265,7 +266,7 @@ def quantized(
     """
     aim, basis, statistics, rows = turned
     if basis is not None:
-        aim = replace(aim, matrix=basis.weight(aim.matrix), quadratic=None)
+        aim = replace(aim, matrix=basis.weight(aim.matrix))
     if entry.grid.pads:
         wide, statistics = padded(aim.matrix, statistics, entry.grid.multiple)
         aim = replace(aim, matrix=wide)
@@ -278,7 +279,7 @@ def quantized(
     grid = entry.grid.fit(aim.matrix, statistics and statistics.importance)
     if rows != share.rows:
         grid, statistics = grid.take_rows(share.rows), _of_rows(statistics, share.rows)
-        aim = replace(aim, matrix=aim.matrix[share.rows], quadratic=None)
+        aim = replace(aim, matrix=aim.matrix[share.rows])
     rounded = entry.rounding.round(aim, grid, statistics)
     decisions = dict(rounded.decisions)
     if entry.refinement is not None and statistics is not None:
