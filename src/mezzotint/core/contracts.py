@@ -158,6 +158,7 @@ class Grid(Protocol):
         bits: of one code.
         tile: (rows, columns) encoded together: (1, 1) scalar, (1, 2) vector, (16, 16) trellis.
         multiple: what out and in are padded to, or must divide if ``pads`` is false.
+        rowwise: `fit` gives rows (multiples of ``tile[0]``) the same parameters with and without the other rows.
     """
 
     kind: ClassVar[str]
@@ -172,6 +173,8 @@ class Grid(Protocol):
     def pads(self) -> bool: ...  # noqa: D102
     @property
     def needs(self) -> frozenset[str]: ...  # noqa: D102
+    @property
+    def rowwise(self) -> bool: ...  # noqa: D102
 
     def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "Grid":
         """The grid with every ``auto`` setting decided for a matrix of that shape in a checkpoint of that dtype.
@@ -244,6 +247,15 @@ class FittedGrid(Protocol):
 
     def take_rows(self, rows: slice) -> "FittedGrid":
         """The same grid for some rows (multiples of ``tile[0]``): how ranks share a matrix."""
+        ...
+
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedGrid"]:
+        """Codes and grid of the matrix of which this grid has some rows, and ``code`` their codes.
+
+        Args:
+            code: of these rows.
+            join: gives a tensor and what the other rows have in its place, one behind another on an axis.
+        """
         ...
 
     def scaled(self, factor: float) -> "FittedGrid":

@@ -1,7 +1,7 @@
 """Grids of a fixed codebook: ``value = scale * codebook[code]`` with one scale per group of columns of a row."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -99,6 +99,11 @@ class CodebookGrid(ABC):
     def needs(self) -> frozenset[str]:
         """``gram`` for the weighted range."""
         return frozenset({"gram"}) if self.range == "weighted" else frozenset()
+
+    @property
+    def rowwise(self) -> bool:
+        """Unless there is one scale for the whole matrix."""
+        return self.scale_per != "matrix"
 
     def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "CodebookGrid":
         """The grid with every ``auto`` decided for a matrix of that shape in a checkpoint of that dtype.
@@ -312,6 +317,11 @@ class FittedCodebook:
         """The grid of some rows."""
         scale = self.scale[rows]
         return replace(self, shape=(scale.shape[0], self.shape[1]), scale=scale)
+
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedCodebook"]:
+        """Codes and grid of the whole matrix."""
+        scale = join(self.scale, 0)
+        return join(code, 0), replace(self, shape=(scale.shape[0], self.shape[1]), scale=scale)
 
     def scaled(self, factor: float) -> "FittedCodebook":
         """The grid of ``factor`` times the values."""

@@ -1,6 +1,6 @@
 """Uniform integer grid: ``value = scale * (code - zero_point)`` with one scale per group of columns of a row."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -60,6 +60,11 @@ class UniformGrid:
     def needs(self) -> frozenset[str]:
         """``gram`` for the weighted range."""
         return frozenset({"gram"}) if self.range == "weighted" else frozenset()
+
+    @property
+    def rowwise(self) -> bool:
+        """Scales are those of groups in a row."""
+        return True
 
     def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "UniformGrid":
         """The grid with every ``auto`` decided for a matrix of that shape in a checkpoint of that dtype.
@@ -242,6 +247,12 @@ class FittedUniform:
         """The grid of some rows."""
         scale = self.scale[rows]
         return replace(self, shape=(scale.shape[0], self.shape[1]), scale=scale, zero_point=self.zero_point[rows])
+
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedUniform"]:
+        """Codes and grid of the whole matrix."""
+        scale = join(self.scale, 0)
+        shape = scale.shape[0], self.shape[1]
+        return join(code, 0), replace(self, shape=shape, scale=scale, zero_point=join(self.zero_point, 0))
 
     def scaled(self, factor: float) -> "FittedUniform":
         """The grid of ``factor`` times the values."""

@@ -73,6 +73,7 @@ class Request:
         precision: of matrix products in calibration: float32, bfloat16 (factors; sums stay float32), or auto, which is
             what the model is stored in.
         memory: bytes that weights, activations and solvers may take together; None is no limit.
+        ranks: processes that share the work; the memory is that of each.
     """
 
     model: Path
@@ -85,6 +86,7 @@ class Request:
     precision: str = "auto"
     memory: int | None = None
     trust_remote_code: bool = False
+    ranks: int = 1
 
     @property
     def loading(self) -> Engine:
