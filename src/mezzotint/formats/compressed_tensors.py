@@ -43,7 +43,7 @@ class CompressedTensors:
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.
 
-        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``ragged-group``.
+        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``matrix-scale``, ``ragged-group``.
         """
         return refuses_uniform(entry, matrix, self.name)
 
@@ -61,6 +61,7 @@ class CompressedTensors:
         """
         grid = resolved(matrix, grid, dtype)
         check_scale_dtype(matrix, grid, dtype)
+        assert grid.scale_per != "matrix", f"{matrix.name}: `refuses` accepts scales of rows and of groups only"
         rows, columns = matrix.shape
         groups = -(-columns // grid.columns_per_group(columns))
         prefix = _prefix(matrix)

@@ -57,8 +57,8 @@ class Gptq:
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.
 
-        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``ragged-group``, ``gptq-bits``,
-        ``gptq-words``, ``zero-point-less-one``.
+        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``matrix-scale``, ``ragged-group``,
+        ``gptq-bits``, ``gptq-words``, ``zero-point-less-one``.
         """
         refusal = refuses_uniform(entry, matrix, self.name)
         if refusal is not None:

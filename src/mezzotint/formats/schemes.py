@@ -47,7 +47,7 @@ def resolved(matrix: Matrix, grid: Grid, dtype: torch.dtype) -> UniformGrid:
 def refuses_uniform(entry: Entry, matrix: Matrix, name: str) -> Refusal | None:
     """The first rule that this entry breaks in a format of uniform integers, or None.
 
-    Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``ragged-group``.
+    Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``matrix-scale``, ``ragged-group``.
 
     Args:
         entry: of the plan.
@@ -91,6 +91,15 @@ def _refuses_matrix(matrix: Matrix) -> Refusal | None:
 
 
 def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:
+    if grid.scale_per == "matrix":
+        return Refusal(
+            rule="matrix-scale",
+            what=f"grid.scale_per of {matrix.name}",
+            value=grid.scale_per,
+            limit="engines read scales of rows, or of groups of columns",
+            remedy="Use grid.scale_per=row, or --for mezzotint.",
+            nearest=replace(grid, scale_per="row"),
+        )
     width, size = matrix.shape[1], grid.group_size
     if not isinstance(size, int) or width % size == 0:
         return None
