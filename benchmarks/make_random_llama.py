@@ -62,6 +62,18 @@ PRESETS: dict[str, dict[str, int | float]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
     },
+    "eighth": {
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    },
 }
 TOKENIZER = Path(__file__).resolve().parent.parent / "tests" / "data" / "tiny_llama"
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

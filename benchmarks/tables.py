@@ -202,6 +202,107 @@ def gguf_matrices() -> list[str]:
     return ["h_error of random matrices, 4096 wide (`python -m benchmarks.gguf_matrices`):", "", *lines]
 
 
+def bounded() -> list[str]:
+    """A large model within a limit; nothing while it has not been run."""
+    rows = rows_of("bounded")
+    if not rows:
+        return []
+    lines = [
+        "| run | original | limit | promised | measured | seconds of processor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        q, row = r["quantize"], r["settings"]["row"]
+        promised, peak = (q[name] / 2**30 for name in ("promised_peak_memory_bytes", "peak_rss_bytes"))
+        sizes = f"{q['original_bytes'] / 1e9:.1f} GB | {row['memory']} | {promised:.2f} GiB | {peak:.2f} GiB"
+        lines.append(f"| {row['name']}, {r['model']} | {sizes} | {q['cpu_seconds']:.0f} |")
+    return ["Peak memory of a process (`python -m benchmarks bounded`):", "", *lines]
+
+
+def line_through(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Slope and start of the line of least squares, and the largest distance from it over the largest value."""
+    slope, start = statistics.linear_regression(*zip(*points, strict=True))
+    worst = max(abs(y - start - slope * x) for x, y in points)
+    return slope, start, worst / max(y for _, y in points)
+
+
+def growth_points() -> dict[str, list[tuple[float, dict[str, Any]]]]:
+    """Runs that differ in their number of blocks only, and those that differ in their number of tokens only."""
+    rows = rows_of("growth")
+    few = {key: min(r["settings"][key] for r in rows) for key in ("blocks", "windows")}
+    return {
+        "blocks": [(r["settings"]["blocks"], r) for r in rows if r["settings"]["windows"] == few["windows"]],
+        "tokens": [
+            (r["settings"]["windows"] * r["settings"]["seqlen"], r)
+            for r in rows
+            if r["settings"]["blocks"] == few["blocks"]
+        ],
+    }
+
+
+def growth() -> list[str]:
+    """Time and memory against blocks and tokens; nothing while it has not been run."""
+    if not rows_of("growth"):
+        return []
+    lines = ["| blocks | tokens | seconds of processor | peak memory, MiB | promised, MiB |", "|---|---|---|---|---|"]
+    fits = []
+    for kind, points in growth_points().items():
+        for _, r in points:
+            s, peak, promised = r["settings"], r["peak_rss_bytes"] / 2**20, r["promised_peak_memory_bytes"] / 2**20
+            shown = (
+                f"{s['blocks']} | {s['windows'] * s['seqlen']} | {r['cpu_seconds']:.1f} | {peak:.0f} | {promised:.0f}"
+            )
+            lines += [] if f"| {shown} |" in lines else [f"| {shown} |"]
+        slope, start, worst = line_through([(x, r["cpu_seconds"]) for x, r in points])
+        fits.append(f"{start:.1f} s + {slope:.3g} s x {kind} (largest distance {worst:.1%})")
+    memory = line_through([(x, r["peak_rss_bytes"] / 2**20) for x, r in growth_points()["blocks"]])
+    return [
+        "Time and memory against blocks and tokens, one thread, in a small shape (`python -m benchmarks.growth`):",
+        "",
+        *lines,
+        "",
+        f"Lines of least squares: {'; '.join(fits)}. Peak memory changes by {memory[0]:+.2f} MiB a block.",
+        "",
+        "![seconds of processor against blocks and tokens](growth.svg)",
+    ]
+
+
+def draw_growth(path: Path) -> None:
+    """The same as a picture."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "mezzotint"  # the same picture, the same bytes
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, (kind, points) in zip(figure.subplots(1, 2), growth_points().items(), strict=True):
+        seconds = [(x, r["cpu_seconds"]) for x, r in points]
+        slope, start, _ = line_through(seconds)
+        axes.plot(*zip(*seconds, strict=True), "o")
+        ends = [0, max(x for x, _ in seconds)]
+        axes.plot(ends, [start + slope * x for x in ends], color="0.6", zorder=0)
+        axes.set(xlabel=kind, ylabel="seconds of processor", xlim=(0, None), ylim=(0, None))
+    figure.savefig(path, metadata={"Date": None})
+
+
+def ranks() -> list[str]:
+    """The same run by one process and by several; nothing while it has not been run."""
+    rows = rows_of("ranks")
+    if not rows:
+        return []
+    alone = rows[0]["quantize"]
+    lines = [
+        "| ranks | seconds | seconds of processor, busiest rank | over one rank's | load average |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        q = r["quantize"]
+        busiest = max(one["cpu_seconds"] for one in q["by_rank"])
+        load = " to ".join(f"{value:.1f}" for value in sorted(q["load_average"]))
+        times = f"{q['seconds']:.0f} | {busiest:.1f} | {busiest / alone['cpu_seconds']:.0%}"
+        lines.append(f"| {len(q['by_rank'])} | {times} | {load} |")
+    return [f"QEP with GPTQ on {rows[0]['model']}, protocol *short* (`python -m benchmarks ranks`):", "", *lines]
+
+
 def filled(text: str, *blocks: list[str]) -> str:
     """The page with its results in place."""
     body = "\n" + "\n\n".join("\n".join(block) for block in blocks) + "\n"
@@ -216,6 +317,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
         docs / "propagation.md": (screened(), corrections()),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(),),
+        docs / "long-runs.md": tuple(block for block in (bounded(), growth(), ranks()) if block),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
         docs / "choose.md": (quality(), corrections(), trellises(), generation(), costs()),
     }
@@ -225,6 +327,7 @@ def main() -> None:
     """Write all tables."""
     for page, blocks in pages().items():
         page.write_text(filled(page.read_text(encoding="utf-8"), *blocks), encoding="utf-8")
+    draw_growth(ROOT / "docs" / "growth.svg")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compare",
+    "convert",
     "evaluate",
     "evaluate_tasks",
     "load",
@@ -80,9 +81,9 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
         model: folder of the original.
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
         **overrides: ``bits``, ``size`` and ``fits`` (bytes), ``context``, ``tokens_per_second``, ``settings`` (dotted
-            names to values), ``keep`` (globs), ``engine``, ``calibration``, ``samples``, ``seqlen``, ``field``,
-            ``lines``, ``packing``, ``seed``, ``device``, ``precision``, ``memory`` (bytes), ``trust_remote_code``; as
-            the options of the command line.
+            names to values), ``keep`` (globs), ``engine``, ``format``, ``calibration``, ``samples``, ``seqlen``,
+            ``field``, ``lines``, ``packing``, ``seed``, ``device``, ``precision``, ``memory`` (bytes),
+            ``trust_remote_code``; as the options of the command line.
 
     Raises:
         MezzotintError: what is wrong with the request or the model.
@@ -127,6 +128,23 @@ def rotate(model: str | Path, *, out: str | Path, trust_remote_code: bool = Fals
     from mezzotint.pipeline.rotate import rotate as run
 
     return run(Path(model), Path(out), Rotations(**choices), trust_remote_code=trust_remote_code)
+
+
+def convert(folder: str | Path, form: str, *, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Write a quantized folder in another format, with the same codes and scales.
+
+    Args:
+        folder: what `quantize` made.
+        form: name of the format; ``dense`` takes everything.
+        out: folder to make; it must not exist, or be empty.
+        **options: ``engine``, ``resume``, ``trust_remote_code``, as the options of the command line, and ``step``.
+
+    Raises:
+        MezzotintError: the format cannot hold what is there without loss; the message says why.
+    """
+    from mezzotint.pipeline.convert import convert as run
+
+    return run(Path(folder), Path(out), form, **options)
 
 
 def evaluate_tasks(
@@ -191,6 +209,8 @@ def _request(
     tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: Sequence[str] = (),
+    engine: str | None = None,
+    format: str | None = None,  # noqa: A002
     calibration: str | Path = "self",
     samples: int | None = None,
     seqlen: int | None = None,
@@ -206,6 +226,8 @@ def _request(
         model=Path(model),
         recipe=resolve_recipe(
             recipe,
+            engine=engine,
+            form=format,
             bits=bits,
             size=size,
             fits=fits,
@@ -217,6 +239,8 @@ def _request(
         calibration=CalibrationRequest(
             source=str(calibration), samples=samples, seqlen=seqlen, field=field, lines=lines, packing=packing
         ),
+        engine=engine,
+        format=format,
         device=resolve_device(device),
         **rest,
     )

@@ -43,6 +43,10 @@ class VanishedError(RunError, ModelError, OSError):
     """A file of the model vanished or shrank after the plan was made."""
 
 
+class RankError(RunError):
+    """Another process of the run has failed, was killed, or does not answer."""
+
+
 class NotPositiveDefiniteError(RunError, ArithmeticError):
     """A Hessian could not be factored."""
 

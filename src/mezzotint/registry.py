@@ -88,6 +88,8 @@ FORMATS = Registry(
     "format",
     {
         "compressed-tensors": "mezzotint.formats.compressed_tensors:CompressedTensors",
+        "gptq": "mezzotint.formats.gptq:Gptq",
+        "gptq-v2": "mezzotint.formats.gptq:GptqV2",
         "mezzotint": "mezzotint.formats.native:Native",
         "dense": "mezzotint.formats.dense:Dense",
         "gguf": "mezzotint.formats.gguf:Gguf",

@@ -192,8 +192,9 @@ def test_palette(mezzotint: Run) -> None:
         assert grid["decode_rate"] > 0
     assert "half-tcq-3.25" in grids["trellis-3.25-best"]["aliases"]
     assert "vllm" in grids["uniform-4"]["engines"]
-    assert "vllm" not in grids["trellis-3"]["engines"]
-    assert grids["gguf-q4_k"]["engines"] == ["llama.cpp", "mezzotint"]
+    assert "sglang" in grids["uniform-4"]["engines"]
+    assert "sglang" not in grids["trellis-3"]["engines"]
+    assert grids["gguf-q4_k"]["engines"] == ["transformers", "vllm", "vllm-cpu", "llama.cpp", "mezzotint"]
     assert grids["gguf-q4_k"]["bits_with_side_data"] == 4.5
     shown = " ".join(mezzotint("palette").stdout.split())
     assert "trellis-1.125" in shown

@@ -75,11 +75,11 @@ def test_a_folder_that_cannot_be_synced(mezzotint: Run, tmp_path: Path, monkeypa
 def test_ctrl_c_stops_after_the_matrix(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solve, solved = Solver._one, []
 
-    def press(solver: Solver, matrix: Any, *arguments: Any) -> Any:
+    def press(solver: Solver, matrix: Any, *arguments: Any, **options: Any) -> Any:
         if len(solved) == 10:
             signal.raise_signal(signal.SIGINT)
         solved.append(matrix.name)
-        return solve(solver, matrix, *arguments)
+        return solve(solver, matrix, *arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(Solver, "_one", press)
@@ -97,7 +97,7 @@ def test_ctrl_c_stops_after_the_matrix(mezzotint: Run, tmp_path: Path, monkeypat
 
 
 def test_a_second_ctrl_c_stops_at_once(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def press(*_: Any) -> None:
+    def press(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still running")

@@ -240,3 +240,14 @@ def test_block_ldl_ratio_knows_what_feedback_can_do():
     assert block_ldl_ratio(alike, 1, 0.0) == pytest.approx((0.64 + 1) / 2)
     assert block_ldl_ratio(alike, 2, 0.0) == pytest.approx(1.0)
     assert block_ldl_ratio(Statistics(tokens=0.0, gram=torch.zeros(3, 3)), 1, 0.01) == 1.0
+
+
+def test_forgotten_ridges_are_made_again():
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(tokens=40.0, gram=x.T @ x)
+    ridge, factor = statistics.ridge(0.1), statistics.factor(0.1)
+    statistics.forget_ridges()
+    assert statistics.factor(0.1) is factor
+    again = statistics.ridge(0.1)
+    assert again is not ridge
+    torch.testing.assert_close(again.upper, ridge.upper, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,9 @@ CONFIG = LlamaConfig(
 )
 FUSION = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 Choice = Callable[[Matrix], UniformGrid | None]
+
+
+UNIFORM = UniformGrid(bits=4, group_size=32, symmetric=True, range="minmax", scale_dtype="float32")
 
 
 def make_llama(config: LlamaConfig = CONFIG, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -66,6 +70,16 @@ def map_of(model: LlamaForCausalLM) -> ModelMap:
         final_norm=None,
         parallel_residual=False,
     )
+
+
+def grids_of(
+    model: ModelMap, changes: dict[str, dict[str, object]], base: UniformGrid = UNIFORM
+) -> dict[str, UniformGrid]:
+    """The base for every linear of the blocks, changed where a part of the name is a key."""
+    grids = dict.fromkeys([name for name in model.matrices if name != "lm_head"], base)
+    for part, settings in changes.items():
+        grids |= {name: replace(grids[name], **settings) for name in grids if part in name}
+    return grids
 
 
 def plan_of(grids: Mapping[str, UniformGrid], model: ModelMap, form: Format, engine: str | None = None) -> Plan:

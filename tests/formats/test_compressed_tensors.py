@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from formats.llama import entry_of, make_llama, map_of, nearest, plan_of
+from formats.llama import UNIFORM, entry_of, grids_of, make_llama, map_of, nearest, plan_of
 from grids.toy_vector import ToyVectorGrid
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.core.structure import Matrix, ModelMap
@@ -112,9 +112,6 @@ def rule_of(grid: UniformGrid, matrix: Matrix) -> str | None:
     return None if refusal is None else refusal.rule
 
 
-UNIFORM = UniformGrid(bits=4, group_size=32, symmetric=True, range="minmax", scale_dtype="float32")
-
-
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -148,6 +145,15 @@ def test_ragged_groups_are_refused_with_a_grid_that_fits(width: int, group_size:
 
 def test_per_channel_has_no_ragged_group():
     assert rule_of(replace(UNIFORM, group_size=None), matrix_of((8, 97))) is None
+
+
+def test_one_scale_for_a_matrix_is_refused_with_a_grid_that_fits():
+    grid, matrix = replace(UNIFORM, scale_per="matrix"), matrix_of((8, 64))
+    refusal = FORM.refuses(entry_of(grid, matrix), matrix)
+    assert refusal is not None
+    assert refusal.rule == "matrix-scale"
+    assert refusal.nearest == replace(grid, scale_per="row")
+    assert rule_of(refusal.nearest, matrix) is None
 
 
 def test_only_uniform_grids():
@@ -191,72 +197,6 @@ def test_weight_of_another_shape_is_an_error():
 # ---- plans and configuration ----------------------------------------------------------------------------------------
 
 MODEL = map_of(make_llama())
-BLOCK_LINEARS = [name for name in MODEL.matrices if name != "lm_head"]
-
-
-def grids_of(changes: dict[str, dict[str, object]], base: UniformGrid = UNIFORM) -> dict[str, UniformGrid]:
-    """The base for every linear of the blocks, changed where a part of the name is a key."""
-    grids = dict.fromkeys(BLOCK_LINEARS, base)
-    for part, settings in changes.items():
-        grids |= {name: replace(grids[name], **settings) for name in grids if part in name}
-    return grids
-
-
-def rules_of(grids: dict[str, UniformGrid], engine: str | None = None) -> list[str]:
-    return [refusal.rule for refusal in FORM.refuses_plan(plan_of(grids, MODEL, FORM, engine), MODEL)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "rules"),
-    [
-        ({}, []),
-        ({"": {"symmetric": False}}, []),
-        ({"down_proj": {"bits": 8}}, []),
-        ({"layers.1.": {"bits": 2, "group_size": 64}}, []),
-        ({"v_proj": {"bits": 8}}, ["fused-scheme"] * 2),
-        ({"layers.0.self_attn.v_proj": {"group_size": 64}}, ["fused-scheme"]),
-        ({"up_proj": {"group_size": None}}, ["fused-scheme"] * 2),
-        ({"down_proj": {"symmetric": False}}, ["mixed-asymmetric"]),
-        ({"": {"symmetric": False}, "down_proj": {"bits": 8}}, ["mixed-asymmetric"]),
-    ],
-)
-def test_rules_of_plans(changes: dict[str, dict[str, object]], rules: list[str]):
-    assert rules_of(grids_of(changes)) == rules
-
-
-def test_one_kept_matrix_breaks_a_fused_class():
-    grids = grids_of({})
-    del grids["model.layers.1.self_attn.k_proj"]
-    plan = plan_of(grids, MODEL, FORM)
-    (refusal,) = FORM.refuses_plan(plan, MODEL)
-    assert refusal.rule == "fused-scheme"
-    assert "k_proj: kept" in str(refusal)
-
-
-def expert_of(source: str) -> Matrix:
-    name = "model.layers.0.mlp.experts.down_proj"
-    return Matrix(
-        name=f"{name}[1]", parameter=name, sources=(source,), shape=(64, 64), expert=1, linear=False, fusion="0.experts"
-    )
-
-
-@pytest.mark.parametrize(
-    ("source", "engine", "rules"),
-    [
-        ("model.layers.0.mlp.experts.1.down_proj.weight", None, ["dense-experts"]),
-        ("model.layers.0.mlp.experts.1.down_proj.weight", "vllm", []),
-        ("model.layers.0.mlp.experts.down_proj", None, []),  # stored stacked, as gpt-oss does: nothing is converted
-    ],
-)
-def test_experts_that_are_stacked_at_load(source: str, engine: str | None, rules: list[str]):
-    expert = expert_of(source)
-    model = replace(MODEL, matrices=MODEL.matrices | {expert.name: expert})
-    refusals = FORM.refuses_plan(plan_of(grids_of({}), model, FORM, engine), model)
-    assert [refusal.rule for refusal in refusals] == rules
-
-
-def test_vllm_reads_mixed_zero_points():
-    assert rules_of(grids_of({"": {"symmetric": False}, "down_proj": {"bits": 8}}), engine="vllm") == []
 
 
 def config_of(grids: dict[str, UniformGrid], model: ModelMap = MODEL) -> dict[str, object]:
@@ -291,12 +231,12 @@ def assert_matches(config: dict[str, object], grids: dict[str, UniformGrid]) -> 
 )
 @pytest.mark.parametrize("dropped", ["nothing", "o_proj", "layers.0.", "layers.1.mlp.down_proj"])
 def test_configuration_says_what_the_plan_says(changes: dict[str, dict[str, object]], dropped: str):
-    grids = {name: grid for name, grid in grids_of(changes).items() if dropped not in name}
+    grids = {name: grid for name, grid in grids_of(MODEL, changes).items() if dropped not in name}
     assert_matches(config_of(grids), grids)
 
 
 def test_one_scheme_is_what_everyone_expects():
-    config = config_of(grids_of({}))
+    config = config_of(grids_of(MODEL, {}))
     assert config["ignore"] == ["lm_head"]
     assert "dequantize" not in config
     assert config["config_groups"] == {
@@ -318,12 +258,12 @@ def test_one_scheme_is_what_everyone_expects():
 
 
 def test_only_one_asymmetric_scheme_is_decoded_at_load():
-    assert config_of(grids_of({"": {"symmetric": False}}))["dequantize"] is True
-    assert "dequantize" not in config_of(grids_of({"down_proj": {"bits": 8}}))
+    assert config_of(grids_of(MODEL, {"": {"symmetric": False}}))["dequantize"] is True
+    assert "dequantize" not in config_of(grids_of(MODEL, {"down_proj": {"bits": 8}}))
 
 
 def test_mixed_targets_are_short_where_that_is_exact():
-    config = config_of(grids_of({"mlp.down_proj": {"bits": 8}, "layers.1.self_attn.o_proj": {"bits": 8}}))
+    config = config_of(grids_of(MODEL, {"mlp.down_proj": {"bits": 8}, "layers.1.self_attn.o_proj": {"bits": 8}}))
     assert config["config_groups"]["group_1"]["targets"] == [
         r"re:.*\.mlp\.down_proj$",
         "model.layers.1.self_attn.o_proj",
@@ -340,7 +280,7 @@ def test_quantized_head_is_named_besides():
 
 
 def test_linears_outside_the_map_are_ignored():
-    plan = plan_of(grids_of({}), MODEL, FORM)
+    plan = plan_of(grids_of(MODEL, {}), MODEL, FORM)
     config = FORM.config(plan, MODEL, further=["vision.layers.0.mlp.down_proj", "project_in"])
     assert config["ignore"] == ["lm_head", "vision.layers.0.mlp.down_proj", "project_in"]
 
@@ -362,7 +302,7 @@ def test_experts_routers_and_renamed_modules_are_ignored_under_every_name():
     model = replace(
         MODEL, matrices=MODEL.matrices | experts, unmapped={f"{block}.mlp.gate.weight": "router", "x.bias": "other"}
     )
-    assert config_of(grids_of({}), model)["ignore"] == [
+    assert config_of(grids_of(MODEL, {}), model)["ignore"] == [
         "lm_head",
         r"re:.*\.mlp\.experts(\..*)?$",
         r"re:.*\.block_sparse_moe\.experts(\..*)?$",

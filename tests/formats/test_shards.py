@@ -21,6 +21,7 @@ from mezzotint.core.dtypes import SAFETENSORS_NAMES
 from mezzotint.core.files import TensorSpec
 from mezzotint.errors import ModelError, OutputError
 from mezzotint.formats import shards
+from mezzotint.formats.checksums import FILE as CHECKSUMS
 from mezzotint.formats.shards import JOURNAL, ShardWriter
 
 INDEX = "model.safetensors.index.json"
@@ -109,7 +110,7 @@ def test_names_index_and_limits_of_shards(tmp_path: Path):
         "metadata": {"total_size": 520},
         "weight_map": {"a": names[0], "b": names[0], "big": names[1], "c": names[2]},
     }
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, INDEX])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, INDEX, CHECKSUMS])
 
 
 def test_header_is_aligned_and_says_pt(tmp_path: Path):

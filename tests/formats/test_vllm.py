@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from formats.llama import CONFIG, fill, make_llama, write_folder
+from formats.llama import CONFIG, Choice, fill, make_llama, write_folder
+from mezzotint.core.files import Format
+from mezzotint.core.structure import Matrix
 from mezzotint.formats.compressed_tensors import CompressedTensors
+from mezzotint.formats.gptq import Gptq, GptqV2
 from mezzotint.grids.uniform import UniformGrid
 
 PYTHON = os.environ.get("MEZZOTINT_VLLM_PYTHON")
@@ -52,15 +55,37 @@ def log_probabilities(model: LlamaForCausalLM) -> Tensor:
     return logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
 
 
-# without a GPU vLLM has kernels for 4 bits only; per channel some take widths that are multiples of 128
-@pytest.mark.parametrize(("symmetric", "group_size"), [(True, 32), (False, 32), (True, None)])
-def test_agrees_with_the_dense_twin(symmetric: bool, group_size: int | None, tmp_path: Path):
+def assert_agrees(choose: Choice, form: Format, folder: Path) -> None:
     model = make_llama(LlamaConfig(**(CONFIG.to_dict() | SIZES)), torch.bfloat16)
     original = log_probabilities(model)
-    grid = UniformGrid(bits=4, group_size=group_size, symmetric=symmetric, range="minmax")
-    weights = write_folder(model, lambda m: None if m.name == "lm_head" else grid, CompressedTensors(), tmp_path)
-    twin = log_probabilities(fill(model, weights))
+    twin = log_probabilities(fill(model, write_folder(model, choose, form, folder)))
     # On processors with AMX vLLM rounds activations to 8 bits, which costs 0.16 here; rounding the weights costs 1 to
     # 1.5, and misreading them more.
     tolerance = (original - twin).abs().max().item() / 4
-    torch.testing.assert_close(torch.tensor(log_probabilities_of_vllm(tmp_path)), twin, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.tensor(log_probabilities_of_vllm(folder)), twin, rtol=0, atol=tolerance)
+
+
+# without a GPU vLLM has kernels for 4 bits only; per channel some take widths that are multiples of 128
+@pytest.mark.parametrize(
+    ("form", "symmetric", "group_size"),
+    [
+        (CompressedTensors(), True, 32),
+        (CompressedTensors(), False, 32),
+        (CompressedTensors(), True, None),
+        (Gptq(), True, 32),
+        (GptqV2(), True, 128),
+    ],
+)
+def test_agrees_with_the_dense_twin(form: Format, symmetric: bool, group_size: int | None, tmp_path: Path):
+    grid = UniformGrid(bits=4, group_size=group_size, symmetric=symmetric, range="minmax")
+    assert_agrees(lambda m: None if m.name == "lm_head" else grid, form, tmp_path)
+
+
+def test_rules_of_gptq_hold_for_what_vllm_fuses(tmp_path: Path):
+    sizes = {"0.qkv": 32, "1.gate_up": 32, "1.o_proj": 128, "0.down_proj": None}
+
+    def choose(matrix: Matrix) -> UniformGrid | None:
+        size = None if matrix.name == "lm_head" else sizes.get(matrix.fusion, 64)
+        return None if size is None else UniformGrid(bits=4, group_size=size, symmetric=True, range="minmax")
+
+    assert_agrees(choose, Gptq(), tmp_path)

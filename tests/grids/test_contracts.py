@@ -48,6 +48,7 @@ SIZES = {
         group_size=grid.group_size,
         scale_bits=grid.storage_dtype.itemsize * 8,
         symmetric=grid.symmetric,
+        one_scale=grid.scale_per == "matrix",
     ),
     "lookup": lambda grid, shape: codebook_sizes(grid, shape, grid.bits, 1),
     "vector": lambda grid, shape: codebook_sizes(grid, shape, int(2 * grid.bits), 2),
@@ -198,12 +199,35 @@ def test_rows_are_fitted_and_taken_independently(name, data):
     grid, rows = problem.grid, drawn_rows(data, problem)
     part = grid.take_rows(rows)
     fitted = grid.grid.fit(problem.weight[rows], problem.statistics.importance)
-    if getattr(grid.grid, "scale_per", "row") == "matrix":  # fitted on all rows, and kept by some of them
-        fitted = replace(fitted, scale=grid.scale[rows] if grid.scale.ndim == 2 else grid.scale)
+    assert grid.grid.rowwise == (getattr(grid.grid, "scale_per", "row") != "matrix")
+    if not grid.grid.rowwise:  # fitted on all rows, and kept by some of them
+        whole = {key: value[rows] if value.ndim == 2 else value for key, value in grid.parameters.items()}
+        fitted = replace(fitted, **whole)
     Snapshot.of(part.parameters, part.affine).check(fitted.parameters, fitted.affine)
     assert part.shape == fitted.shape == tuple(problem.weight[rows].shape)
     values = drawn_values(data, problem)
     exact(part.decode(part.encode(values[rows])), grid.decode(grid.encode(values))[rows])
+
+
+@every_grid
+@some_data
+def test_rows_that_were_taken_are_joined(name, data):
+    problem = problem_of(data, name)
+    grid, height = problem.grid, problem.grid.grid.tile[0]
+    code = grid.encode(problem.weight)
+    cut = data.draw(st.integers(1, max(1, grid.shape[0] // height - 1)), label="tiles") * height
+    halves = [slice(0, cut), slice(cut, grid.shape[0])] if cut < grid.shape[0] else [slice(0, cut)]
+    parts = [(grid.take_rows(rows), grid.take_rows(rows).encode(problem.weight[rows])) for rows in halves]
+    # what another part would hand over, in the order in which it is asked for
+    rest: list[torch.Tensor] = []
+    for part, own in parts[1:]:
+        part.join_rows(own, lambda value, _: (rest.append(value), value)[1])
+    part, own = parts[0]
+    joined, whole = part.join_rows(own, lambda value, axis: torch.cat([value, rest.pop(0)] if rest else [value], axis))
+    exact(joined, code)
+    assert whole.shape == grid.shape
+    Snapshot.of(whole.parameters).check(grid.parameters)
+    exact(whole.decode(joined), grid.decode(code))
 
 
 @every_grid

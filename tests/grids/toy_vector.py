@@ -30,6 +30,7 @@ class ToyVectorGrid:
     kind: ClassVar[str] = "toy"
     tile: tuple[int, int] = (1, 2)
     pads: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -106,6 +107,10 @@ class FittedToy:
         height = self.grid.tile[0]
         kept = self.scale[rows.start // height : rows.stop // height]
         return replace(self, shape=(kept.shape[0] * height, self.shape[1]), scale=kept)
+
+    def join_rows(self, code, join):
+        scale = join(self.scale, 0)
+        return join(code, 0), replace(self, shape=(scale.shape[0] * self.grid.tile[0], self.shape[1]), scale=scale)
 
     def scaled(self, factor):
         return replace(self, scale=self.scale * factor)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mezzotint.core.contracts import Block
 from mezzotint.errors import ModelError
 from mezzotint.models import Source, dematerialize, materialize, open_model
-from mezzotint.pipeline import streams
 from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs, stops
 from mezzotint.pipeline.streams import surroundings
 from mezzotint.pipeline.sweep import Sweep
@@ -247,7 +246,7 @@ def test_each_block_runs_once_a_stream(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     counter = Counter(monkeypatch)
-    monkeypatch.setattr(streams, "BATCH_TOKENS", 64)  # 2 windows a batch: 14 fit windows, 2 held out
+    # 2 windows a batch: 14 fit windows, 2 held out
     monkeypatch.setattr("mezzotint.pipeline.memory.BATCH_TOKENS", 64)
     limit = None if memory is None else least_memory(TINY_LLAMA, settings=settings, samples=16)
     quantized(TINY_LLAMA, tmp_path / "out", settings=settings, memory=limit, samples=16)

@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import mezzotint
+from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.formats.gguf_file import GgufFile
 from mezzotint.grids.gguf import GgufGrid
+from mezzotint.pipeline.plan import make_plan
+from mezzotint.pipeline.pricing import menus
 from mezzotint.pipeline.recipe import Rule, load_recipe
 from mezzotint.pipeline.source import open_source
-from pipeline.runs import HELD_OUT, TINY_LLAMA, opened, plan_of, quantized
+from pipeline.runs import HELD_OUT, TINY_LLAMA, opened, plan_of, quantized, request_of
 
 GGUF = {"grid.kind": "gguf", "grid.type": "Q3_K"}
 BETTER = Rule(match="*.v_proj", set={"grid.type": "Q6_K"})
@@ -74,7 +78,7 @@ def test_widths_take_the_type_that_fits(tiny_folder: Callable[[str], Path]) -> N
     [
         (
             "tiny_llama",
-            {},
+            {"settings": {"grid.kind": "uniform"}},
             FormatError,
             r"uniform.*GGUF's own block types.*grid.kind=gguf --set grid.type=Q4_K.*gguf-only",
         ),
@@ -89,3 +93,48 @@ def test_refusals_come_before_work(
     folder = TINY_LLAMA if name == "tiny_llama" else tiny_folder(name)
     with pytest.raises(error, match=message):
         plan_of(folder, engine="llama.cpp", **options)
+
+
+def test_presets_of_integers_take_the_types_of_gguf_where_nothing_else_is_said() -> None:
+    planned = plan_of(TINY_LLAMA, "default", engine="llama.cpp")
+    assert planned.plan.format == "gguf"
+    assert {entry.grid for entry in planned.plan.entries} == {GgufGrid(type="Q4_K", range="weighted")}
+    assert all(entry.refinement is None for entry in planned.plan.entries)
+    plain = plan_of(TINY_LLAMA, "rtn", engine="llama.cpp", settings={"grid.type": "Q5_K"})
+    assert {entry.grid for entry in plain.plan.entries} == {GgufGrid(type="Q5_K", range="error")}
+    assert all(entry.grid.kind == "uniform" for entry in plan_of(TINY_LLAMA, "default").plan.entries)
+
+
+def test_bits_and_sizes_are_allocated_over_types(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fast = {"allocation.windows": 2, "allocation.guard": False, "allocation.menu": ["Q2_K", "Q3_K", "Q4_0", "Q6_K"]}
+    report = quantized(TINY_LLAMA, out, "rtn", engine="llama.cpp", bits=4.0, settings=fast, samples=4)
+    types = {linear["grid"]["type"] for linear in report["plan"]["linears"]}
+    assert len(types) > 2
+    assert 3.8 < report["bits_per_weight"] <= 4.0
+    uniform = [point["type"] for point in report["allocation"]["frontier"] if point["kind"] == "uniform"]
+    assert uniform == ["Q2_K", "Q3_K", "Q4_0", "Q6_K"]
+    assert sum(path.stat().st_size for path in out.iterdir()) <= report["allocation"]["chosen"]["bytes"]
+    assert mezzotint.evaluate(out, HELD_OUT, against=TINY_LLAMA, seqlen=32, windows=4).kl_nats < 0.05
+
+
+def test_a_menu_of_types(tiny_folder: Callable[[str], Path]) -> None:
+    """Of widths that 256 do not divide, a type is its fallback, and others come between."""
+    source = opened(tiny_folder("llama"))
+    request = request_of(source.folder, "rtn", engine="llama.cpp", bits=5.0)
+    planned = make_plan(source, replace(request, recipe=request.recipe.with_settings({"allocation.kind": "none"})))
+    (menu, *_) = menus(source, planned, request.recipe.stages().allocation).values()
+    assert {label: grid.type for label, grid in menu.items()} == {
+        "Q2_K": "Q4_0",
+        "Q3_K": "Q4_0",
+        "IQ4_NL": "IQ4_NL",
+        "Q4_1": "Q4_1",
+        "Q4_K": "Q5_0",
+        "Q5_K": "Q5_1",
+        "Q6_K": "Q8_0",
+        "Q8_0": "Q8_0",
+    }
+    named = Knapsack(bits=5, menu=("Q4_1", "Q8_0"))
+    assert {tuple(menu) for menu in menus(source, planned, named).values()} == {("Q4_1", "Q8_0")}
+    with pytest.raises(ConfigError, match="chosen by names of types"):
+        menus(source, planned, Knapsack(bits=5, menu=(4, 8)))

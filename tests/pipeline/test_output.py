@@ -1,11 +1,13 @@
 """Which tensors the output holds: packed in place, experts put together again, everything else copied."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mezzotint import Recipe
 from mezzotint.errors import OutputError
@@ -14,7 +16,7 @@ from mezzotint.pipeline.layout import users_of_sources, written_alone
 from mezzotint.pipeline.output import Output
 from mezzotint.pipeline.recipe import Rule
 from mezzotint.testing.models import TINY
-from pipeline.runs import TINY_LLAMA, assert_same_bits, opened, plan_of, quantized, tensors_of, tiny
+from pipeline.runs import TINY_LLAMA, assert_same_bits, opened, plan_of, quantized, stock, tensors_of, tiny
 
 Folder = Callable[[str], Path]
 
@@ -122,12 +124,36 @@ def test_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert_same_bits(many[name], value)
 
 
+def test_shards_of_a_tensor_each_with_buffers_and_ties(tmp_path: Path) -> None:
+    """As on the hub: many files, one table for embedding and head, and tensors that are no weights of linears."""
+    model = tiny("qwen2", tmp_path)
+    tensors = tensors_of(model)
+    assert "lm_head.weight" not in tensors  # tied
+    tensors |= {
+        "model.rotary_emb.inv_freq": torch.randn(16, dtype=torch.float64),
+        "model.layers.0.self_attn.step": torch.tensor([3, -1], dtype=torch.int64),
+    }
+    (model / "model.safetensors").unlink()
+    places = {name: f"model-{i:05}-of-{len(tensors):05}.safetensors" for i, name in enumerate(tensors, 1)}
+    for name, place in places.items():
+        save_file({name: tensors[name]}, model / place, metadata={"format": "pt"})
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    report = quantized(model, tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    packed = {f"{linear['name']}.weight" for linear in report["linears"]}
+    assert len(packed) == 7 * len(opened(model).map.blocks)
+    assert packed < tensors.keys()
+    for name in tensors.keys() - packed:
+        assert_same_bits(after[name], tensors[name])
+    torch.testing.assert_close(stock(tmp_path / "out").lm_head.weight, after["model.embed_tokens.weight"].float())
+
+
 def test_companions_come_along(tmp_path: Path) -> None:
     quantized(TINY_LLAMA, tmp_path / "out", "rtn")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "config.json", "generation_config.json", "mezzotint.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "LICENCE.md", "README.md",
+        "config.json", "generation_config.json", "mezzotint.json", "mezzotint.checksums.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json", "LICENCE.md", "README.md",
     }  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (TINY_LLAMA / name).read_bytes()

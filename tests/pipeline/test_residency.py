@@ -113,6 +113,15 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store.close()
 
 
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    store = Store(Budget(0), tmp_path)
+    store.put(0, torch.ones(1000))
+    os.truncate(next(path for path in Path("/proc/self/fd").iterdir() if "stream-" in str(path.readlink())), 100)
+    with pytest.raises(WriteError, match=r"spilled into .* 4000 bytes were written, 100 are there.*--resume"):
+        store.get(0)
+    store.close()
+
+
 @pytest.mark.parametrize("name", ["tiny_llama", "mixtral", "gpt_neox"])
 @pytest.mark.parametrize("target", ["weight", "loaq"])
 def test_memory_does_not_change_the_result(
@@ -127,11 +136,10 @@ def test_memory_does_not_change_the_result(
         close(store)
 
     monkeypatch.setattr(Store, "close", spy)
-    monkeypatch.setattr(streams, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(memory, "BATCH_TOKENS", 64)
     options: dict[str, Any] = {"bits": 3, "settings": {"target.kind": target}}
     free = quantized(model, tmp_path / "free", **options)
     assert sum(spilled) == 0
-    monkeypatch.setattr(memory, "BATCH_TOKENS", 64)
     tight = quantized(model, tmp_path / "tight", memory=least_memory(model, **options), **options)
     assert sum(spilled) > 0
     assert_same_tensors(tmp_path / "tight", tmp_path / "free")

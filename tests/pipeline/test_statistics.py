@@ -10,7 +10,7 @@ import torch
 
 from mezzotint.core.statistics import Statistics
 from mezzotint.models import Source, open_model
-from mezzotint.pipeline import streams
+from mezzotint.pipeline import memory, streams
 from mezzotint.pipeline.recipe import Recipe, Rule
 from mezzotint.pipeline.solve import Solved, Solver, least_tokens
 from pipeline.runs import TEXT, TINY_LLAMA, assert_same_tensors, quantized, request_of, stock, tiny, windows_of
@@ -62,7 +62,7 @@ def check_llama(
 def test_sums_of_every_group(
     target: str, packing: bool, refined: bool, collected: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(streams, "BATCH_TOKENS", 100)  # 3 windows a batch, the last one smaller
+    monkeypatch.setattr(memory, "BATCH_TOKENS", 100)  # 3 windows a batch, the last one smaller
     settings = {"target.kind": target, **({"refinement.kind": "descent"} if refined else {})}
     options: dict[str, Any] = {"bits": 3, "settings": settings, "samples": 16, "packing": packing}
     if not packing:

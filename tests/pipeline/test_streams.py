@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mezzotint.calibration import Windows
 from mezzotint.errors import NonFiniteError
 from mezzotint.models import open_model
-from mezzotint.pipeline.streams import BATCH_TOKENS, Streams, batches_of, surroundings
+from mezzotint.pipeline.memory import BATCH_TOKENS
+from mezzotint.pipeline.streams import Streams, batches_of, surroundings
 from pipeline.runs import TINY_LLAMA, assert_same_bits, stock
 
 

@@ -20,7 +20,8 @@ class Knapsack:
         fits: budget: bytes of memory that weights, key-value cache and activations of one sequence may take together.
         context: tokens of that sequence.
         tokens_per_second: budget: least speed of generating one sequence on this machine with our own kernels.
-        menu: bits of the codes to choose from; None is everything that grid and format can do from ``least`` up.
+        menu: bits of the codes to choose from, or types of GGUF; None is everything that grid, format and engine can do
+            from ``least`` up.
         least: no fewer bits than this, unless the menu says so.
         limits: glob of matrices -> (fewest, most) bits of a code; the first that matches counts.
         sensitivity: what an error costs: from the ``fisher`` information of sampled labels; from its cheap estimate
@@ -36,7 +37,7 @@ class Knapsack:
     fits: int | None = None
     context: int = 4096
     tokens_per_second: float | int | None = None
-    menu: tuple[float | int, ...] | None = None
+    menu: tuple[float | int | str, ...] | None = None
     least: float | int = 1.5
     limits: Mapping[str, tuple[float | int, float | int]] | None = None
     sensitivity: Literal["fisher", "diagonal", "noise"] = "fisher"

@@ -48,7 +48,7 @@ def show(found: "Allocated", planned: "Planned", console: Console) -> None:
     if found.alike is not None:
         times = found.alike.predicted_kl_nats / found.chosen.predicted_kl_nats
         console.print(
-            f"{found.alike.code_bits:g} bits everywhere: {found.alike.predicted_kl_nats:.4f}, {times:.2f} times as "
+            f"{_named(found.alike)}: {found.alike.predicted_kl_nats:.4f}, {times:.2f} times as "
             f"much, in {size(found.alike.bytes)}"
         )
 
@@ -99,7 +99,7 @@ def _part(inside: str) -> str:
 
 
 def _named(point: "Point") -> str:
-    return f"{point.code_bits:g} bits everywhere"
+    return f"{point.type or f'{point.code_bits:g} bits'} everywhere"
 
 
 def _cell(bits: float | None, least: float, most: float) -> Text:

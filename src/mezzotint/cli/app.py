@@ -1,6 +1,7 @@
 """Commands and their arguments."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from mezzotint.cli import tables
 from mezzotint.cli.options import Asked, Engine, Json, Model, RecipeName, asks
-from mezzotint.cli.stop import stopping
+from mezzotint.cli.stop import stopping, undisturbed
 from mezzotint.errors import ConfigError, MezzotintError, RunError
 from mezzotint.pipeline.request import Request
 
@@ -64,9 +65,10 @@ def quantize(
         request = asked.request(model, recipe, engine)
         if dry_run:
             return _planned(request, errors if as_json else Console(), None)
-        with tables.progress(errors) as listener, stopping(errors) as stop:
+        shown = errors if leads() else Console(quiet=True)
+        with tables.progress(shown) as listener, stopping(shown) as stop:
             result = budgeted.quantize(request, out, lambda event: stop(listener(event)), resume=resume)
-        if not as_json:
+        if leads() and not as_json:
             tables.show_result(result, Console())
         return result
 
@@ -158,20 +160,26 @@ def finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     try:
         result = work()
     except KeyboardInterrupt as error:
-        errors.print("[red]stopped.[/red] Nothing was written under the output's name.")
-        _print_notes(error)
+        if leads():
+            _say("[red]stopped.[/red] Nothing was written under the output's name.", error)
         raise typer.Exit(Exit.FAILED) from None
     except MezzotintError as error:
-        errors.print(f"[bold red]error:[/bold red] {tables.escape(str(error))}")
-        _print_notes(error)
+        _say(f"[bold red]error:[/bold red] {tables.escape(str(error))}", error)
         raise typer.Exit(Exit.FAILED if isinstance(error, RunError) else Exit.WRONG_REQUEST) from None
-    if as_json:
+    if as_json and leads():
         sys.stdout.write(json.dumps(result) + "\n")
 
 
-def _print_notes(error: BaseException) -> None:
-    for line in getattr(error, "__notes__", ()):
-        errors.print(tables.escape(line))
+def leads() -> bool:
+    """Whether this process tells what happens: the only one, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str, error: BaseException) -> None:
+    with undisturbed():
+        errors.print(line)
+        for note in getattr(error, "__notes__", ()):
+            errors.print(tables.escape(note))
 
 
 def main() -> None:

@@ -35,8 +35,13 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="transformers, vllm, mezzotint (any grid; our own format), or dense (dequantized, loads anywhere).",
+        help="What will run it: transformers, vllm, vllm-cpu, sglang, gptqmodel, llama.cpp, mezzotint (any grid; our "
+        "own format), or dense (dequantized, loads anywhere).",
     ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="Another format than the engine's usual one: gptq, gptq-v2, mezzotint, dense."),
 ]
 CalibrationOption = Annotated[
     str,
@@ -72,6 +77,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the
 class Asked:
     """What `quantize`, `plan` and `inspect --drift` are asked, as typed."""
 
+    form: FormatOption = None
     bits: BitsOption = None
     size: SizeOption = None
     fits: FitsOption = None
@@ -97,6 +103,8 @@ class Asked:
             model=model,
             recipe=resolve_recipe(
                 recipe,
+                engine=engine,
+                form=self.form,
                 bits=self.bits,
                 size=None if self.size is None else parse_bytes(self.size),
                 fits=None if self.fits is None else parse_bytes(self.fits),
@@ -106,6 +114,7 @@ class Asked:
                 keep=tuple(self.keep or ()),
             ),
             engine=engine,
+            format=self.form,
             calibration=CalibrationRequest(
                 source=self.calibration,
                 samples=_count("samples", self.samples),

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks to stop after the matrix that is being quantized, the second stops at once."""
+"""Ctrl-C: the first asks to stop after the matrix that is being quantized, the second, or SIGTERM, stops at once."""
 
 import signal
 import threading
@@ -8,20 +8,26 @@ from typing import Any
 
 from rich.console import Console
 
+from mezzotint.errors import RankError
+
 
 @contextmanager
 def stopping(console: Console) -> Iterator[Callable[[Any], None]]:
     """Gives a listener that raises KeyboardInterrupt behind the matrix during which Ctrl-C was pressed.
 
-    Signals reach the main thread only; in another one, nothing is changed.
+    Signals reach the main thread only; in another one, nothing is changed. Of several ranks only the first has a
+    listener: the others stop because it does.
     """
     pressed = False
 
     def press(*_: Any) -> None:
         nonlocal pressed
         pressed = True
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
         console.print("stopping after this matrix; Ctrl-C again stops at once.")
+
+    def at_once(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     def check(_: Any) -> None:
         if pressed:
@@ -30,8 +36,27 @@ def stopping(console: Console) -> Iterator[Callable[[Any], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = signal.signal(signal.SIGINT, press)
+    handlers = {signal.SIGINT: press, signal.SIGTERM: at_once}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield check
+    except RankError:
+        if pressed:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No SIGTERM while the last words are said: where one rank has died, torchrun ends the others within moments."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -158,6 +158,7 @@ class Grid(Protocol):
         bits: of one code.
         tile: (rows, columns) encoded together: (1, 1) scalar, (1, 2) vector, (16, 16) trellis.
         multiple: what out and in are padded to, or must divide if ``pads`` is false.
+        rowwise: `fit` gives rows (multiples of ``tile[0]``) the same parameters with and without the other rows.
     """
 
     kind: ClassVar[str]
@@ -172,6 +173,8 @@ class Grid(Protocol):
     def pads(self) -> bool: ...  # noqa: D102
     @property
     def needs(self) -> frozenset[str]: ...  # noqa: D102
+    @property
+    def rowwise(self) -> bool: ...  # noqa: D102
 
     def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "Grid":
         """The grid with every ``auto`` setting decided for a matrix of that shape in a checkpoint of that dtype.
@@ -246,6 +249,15 @@ class FittedGrid(Protocol):
         """The same grid for some rows (multiples of ``tile[0]``): how ranks share a matrix."""
         ...
 
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedGrid"]:
+        """Codes and grid of the matrix of which this grid has some rows, and ``code`` their codes.
+
+        Args:
+            code: of these rows.
+            join: gives a tensor and what the other rows have in its place, one behind another on an axis.
+        """
+        ...
+
     def scaled(self, factor: float) -> "FittedGrid":
         """The grid of ``factor`` times the values."""
         ...
@@ -307,14 +319,13 @@ class Rounded:
 
 @runtime_checkable
 class Refinement(Protocol):
-    """Improves the result of a rounding on the layer's quadratic.
-
-    Attributes:
-        grids: kinds of grids that it serves.
-    """
+    """Improves the result of a rounding on the layer's quadratic."""
 
     kind: ClassVar[str]
-    grids: ClassVar[frozenset[str]]
+
+    def refuses(self, grid: Grid) -> str | None:
+        """Why it cannot serve a grid, or None."""
+        ...
 
     def refine(
         self,

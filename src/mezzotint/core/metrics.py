@@ -123,10 +123,20 @@ def h_error(weight: Float[Tensor, "out in"], value: Float[Tensor, "out in"], gra
         >>> h_error(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.eye(2))
         0.25
     """
+    return relative(*h_energies(weight, value, gram))
+
+
+def h_energies(
+    weight: Float[Tensor, "out in"], value: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
+) -> tuple[float, float]:
+    """Both parts of `h_error`, error and energy; each is a sum over rows."""
     dtype = _wide(weight, value, gram)
     wide, metric = weight.to(dtype), gram.to(dtype)
-    error = _energy(value.to(dtype) - wide, metric)
-    energy = _energy(wide, metric)
+    return _energy(value.to(dtype) - wide, metric), _energy(wide, metric)
+
+
+def relative(error: float, energy: float) -> float:
+    """An error over an energy; 0 when there is neither, ``inf`` when there is only the error."""
     if energy > 0:
         return error / energy
     return math.inf if error > 0 else 0.0

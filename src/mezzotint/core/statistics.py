@@ -90,6 +90,11 @@ class Statistics:
             self._factors[key] = with_enough_damping(lambda used: cholesky_upper(self.gram, used), damping)
         return self._factors[key]
 
+    def forget_ridges(self) -> None:
+        """Free the factors of `ridge`; asked for again, they are made again."""
+        for key in [key for key in self._factors if key[1] == "ridge"]:
+            del self._factors[key]
+
     def solve(self, right: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
         """``right (gram + damping * mean(diag) I)^-1``, at the damping of `ridge`."""
         upper = self.ridge(damping).upper
@@ -222,6 +227,12 @@ class Accumulator:
             self.residual.addmm_(residual.to(xh.dtype).t(), weighted)
         if self.mean_abs is not None:
             self.mean_abs.add_(weighted.abs().sum(0))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The sums so far, besides `tokens`; those of several sets of tokens may be added in place before `finish`."""
+        found = self.gram, self.drift, self.residual, self.mean_abs
+        return tuple(value for value in found if value is not None)
 
     def finish(self) -> Statistics:
         """The sums so far (not copied)."""

@@ -2,9 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,23 +12,11 @@ from mezzotint import kernels
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
-from mezzotint.formats.targets import compact, known_modules, modules_of, refuses_tied
-from mezzotint.grids.uniform import FittedUniform, UniformGrid
+from mezzotint.formats.schemes import Scheme, check_scale_dtype, refuses_uniform, resolved, schemes_of
+from mezzotint.formats.targets import compact, known_modules, modules_of
+from mezzotint.grids.uniform import FittedUniform
 
 _PACKED = "pack-quantized"
-_USUAL_GROUPS = (128, 64, 32)  # sizes that GPU kernels have
-
-
-class Scheme(NamedTuple):
-    """What engines must know of a matrix before they read it."""
-
-    bits: int
-    symmetric: bool
-    group_size: int | None
-
-    def __str__(self) -> str:
-        groups = "per channel" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.bits} bits {'symmetric' if self.symmetric else 'asymmetric'} {groups}"
 
 
 class CompressedTensors:
@@ -56,53 +43,13 @@ class CompressedTensors:
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.
 
-        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``ragged-group``.
+        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``matrix-scale``, ``ragged-group``.
         """
-        refusal = _refuses_matrix(matrix)
-        if refusal is not None:
-            return refusal
-        if not isinstance(entry.grid, UniformGrid):
-            return Refusal(
-                rule="uniform-only",
-                what=f"grid of {matrix.name}",
-                value=entry.grid.kind,
-                limit="compressed-tensors stores uniform grids only",
-                remedy="Use grid.kind=uniform, or --for dense.",
-                nearest=UniformGrid(bits=min(8, max(2, round(entry.grid.bits)))),
-            )
-        if entry.basis is not None:
-            return Refusal(
-                rule="no-transform",
-                what=f"transform of {matrix.name}",
-                value=type(entry.basis).__name__,
-                limit="engines multiply by the stored matrix as it is",
-                remedy="Use transform.kind=none, or --for dense.",
-                nearest=entry.grid,
-            )
-        return _refuses_group(matrix, entry.grid)
+        return refuses_uniform(entry, matrix, self.name)
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
-        """Rules about several matrices: ``fused-scheme``, one per class, ``mixed-asymmetric``, ``dense-experts``."""
-        schemes = _schemes(plan, model)
-        classes: dict[str, list[Matrix]] = defaultdict(list)
-        for matrix in model.matrices.values():
-            classes[matrix.fusion].append(matrix)
-        refusals = [_refuses_class(fusion, members, schemes) for fusion, members in classes.items()]
-        distinct = list(dict.fromkeys(schemes.values()))
-        mixed = len(distinct) > 1 and not all(scheme.symmetric for scheme in distinct)
-        if mixed and plan.engine != "vllm":
-            refusals.append(
-                Refusal(
-                    rule="mixed-asymmetric",
-                    what=f"{len(distinct)} schemes",
-                    value="; ".join(map(str, distinct)),
-                    limit="transformers loads zero points only where one scheme serves all matrices",
-                    remedy="Use --set grid.symmetric=true, one scheme for all matrices, --for dense, or --for vllm.",
-                )
-            )
-        if plan.engine != "vllm":
-            refusals.append(_refuses_experts(model, schemes))
-        return tuple(refusal for refusal in refusals if refusal is not None)
+        """Nothing: every matrix is on its own."""
+        return ()
 
     def specs(
         self, matrix: Matrix, grid: Grid, dtype: torch.dtype, transform: Transform | None = None
@@ -112,8 +59,9 @@ class CompressedTensors:
         Raises:
             FormatError: the scales' dtype is not one that a checkpoint of ``dtype`` holds exactly.
         """
-        grid = _resolved(matrix, grid, dtype)
-        _check_scale_dtype(matrix, grid, dtype)
+        grid = resolved(matrix, grid, dtype)
+        check_scale_dtype(matrix, grid, dtype)
+        assert grid.scale_per != "matrix", f"{matrix.name}: `refuses` accepts scales of rows and of groups only"
         rows, columns = matrix.shape
         groups = -(-columns // grid.columns_per_group(columns))
         prefix = _prefix(matrix)
@@ -144,8 +92,8 @@ class CompressedTensors:
                 f"{matrix.name} has codes in the basis {weight.basis.kind}; engines multiply by the stored matrix as "
                 "it is. Use --for dense."
             )
-        grid = _resolved(matrix, fitted.grid, dtype)
-        _check_scale_dtype(matrix, grid, dtype)
+        grid = resolved(matrix, fitted.grid, dtype)
+        check_scale_dtype(matrix, grid, dtype)
         prefix = _prefix(matrix)
         scale = fitted.scale.to(grid.storage_dtype)
         assert torch.equal(scale.to(fitted.scale.dtype), fitted.scale), f"{matrix.name}: scales are not rounded"
@@ -172,7 +120,7 @@ class CompressedTensors:
         if stored != matrix.shape:
             raise FormatError(f"{matrix.name} is stored with shape {stored}; the model has {matrix.shape}.")
         scale = tensors[prefix + "weight_scale"]
-        grid = _resolved(matrix, grid, scale.dtype)
+        grid = resolved(matrix, grid, scale.dtype)
         rows, columns = matrix.shape
         code = kernels.unpack_bits(tensors[prefix + "weight_packed"], grid.bits, columns)
         if grid.symmetric:
@@ -195,7 +143,7 @@ class CompressedTensors:
             model: with every linear of the blocks, and the head.
             further: names of ``nn.Linear`` modules that the map does not hold, e.g. outside the blocks.
         """
-        schemes = _schemes(plan, model)
+        schemes = schemes_of(plan, model)
         groups: dict[Scheme, list[str]] = defaultdict(list)
         for name, scheme in schemes.items():
             groups[scheme].extend(modules_of(model.matrices[name]))
@@ -230,79 +178,6 @@ class CompressedTensors:
         return plan.bytes
 
 
-def _refuses_matrix(matrix: Matrix) -> Refusal | None:
-    if not matrix.linear or matrix.transposed or matrix.expert is not None or len(matrix.sources) != 1:
-        return Refusal(
-            rule="linear-only",
-            what=matrix.name,
-            value="not the weight of an nn.Linear",
-            limit="engines read packed weights for nn.Linear only",
-            remedy="Keep it, or use --for dense.",
-        )
-    return refuses_tied(matrix)
-
-
-def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:
-    width, size = matrix.shape[1], grid.group_size
-    if not isinstance(size, int) or width % size == 0:
-        return None
-    divisors = [d for d in range(8, min(width, 1024) + 1) if width % d == 0]
-    usual = [d for d in _USUAL_GROUPS if d <= size and width % d == 0]
-    below = [d for d in divisors if d <= size]
-    best = usual[0] if usual else below[-1] if below else None
-    shown = ", ".join(map(str, divisors)) or "none from 8 to 1024"
-    return Refusal(
-        rule="ragged-group",
-        what=f"grid.group_size of {matrix.name}",
-        value=f"{size} does not divide the width {width}",
-        limit="engines read whole groups only",
-        remedy=f"Sizes that divide it: {shown}; or null for one scale a row.",
-        nearest=replace(grid, group_size=best),
-    )
-
-
-def _refuses_class(fusion: str, members: list[Matrix], schemes: Mapping[str, Scheme]) -> Refusal | None:
-    """Engines that fuse q, k and v (gate and up) read one scheme for the class, and fail on any other."""
-    found = {member.name: schemes.get(member.name) for member in members}
-    if len(set(found.values())) == 1:
-        return None
-    value = "; ".join(f"{name}: {'kept' if scheme is None else scheme}" for name, scheme in found.items())
-    return Refusal(
-        rule="fused-scheme",
-        what=f"fused class {fusion}",
-        value=value,
-        limit="engines store these as one matrix with one scheme",
-        remedy="Let one rule match all of them, or use --for dense.",
-    )
-
-
-def _refuses_experts(model: ModelMap, schemes: Mapping[str, Scheme]) -> Refusal | None:
-    """Experts that transformers stacks while it loads: in a packed folder it takes all of them for packed."""
-    stacked = next(
-        (m for m in model.matrices.values() if m.expert is not None and m.sources[0].endswith(".weight")), None
-    )
-    if stacked is None or not schemes:
-        return None
-    return Refusal(
-        rule="dense-experts",
-        what=f"experts, such as {stacked.name}",
-        value="kept, beside packed matrices",
-        limit="transformers cannot load dense experts from a packed folder",
-        remedy="Use --for dense, which quantizes experts too, or --for vllm.",
-    )
-
-
-def _schemes(plan: Plan, model: ModelMap) -> dict[str, Scheme]:
-    """Schemes by matrix name, in the order of the plan; only entries that `refuses` accepts have one."""
-    schemes = {}
-    for entry in plan.entries:
-        if isinstance(entry.grid, UniformGrid):
-            grid = entry.grid.resolve(model.matrices[entry.matrix].shape, torch.float32)
-            assert grid.group_size != "auto"
-            schemes[entry.matrix] = Scheme(grid.bits, grid.symmetric, grid.group_size)
-    return schemes
-
-
 def _class_targets(modules: list[str], model: ModelMap) -> list[str]:
     # vLLM's head is no "Linear" to it: a quantized head is named besides.
     head = () if model.head is None else modules_of(model.matrices[model.head])
@@ -318,24 +193,6 @@ def _weights(scheme: Scheme) -> dict[str, object]:
         "group_size": scheme.group_size,
         "dynamic": False,
     }
-
-
-def _resolved(matrix: Matrix, grid: Grid, dtype: torch.dtype) -> UniformGrid:
-    assert isinstance(grid, UniformGrid), f"{matrix.name}: `refuses` accepts uniform grids only"
-    return grid.resolve(matrix.shape, dtype)
-
-
-def _check_scale_dtype(matrix: Matrix, grid: UniformGrid, dtype: torch.dtype) -> None:
-    if dtype in (grid.storage_dtype, torch.float32):
-        return
-    refusal = Refusal(
-        rule="scale-dtype",
-        what=f"grid.scale_dtype of {matrix.name}",
-        value=grid.scale_dtype,
-        limit=f"engines round the scales of a {str(dtype).removeprefix('torch.')} checkpoint to that dtype",
-        remedy="Use grid.scale_dtype=auto.",
-    )
-    raise FormatError(str(refusal))
 
 
 def _prefix(matrix: Matrix) -> str:

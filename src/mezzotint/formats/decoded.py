@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mezzotint.core.structure import Matrix
+from mezzotint.core.contracts import Grid, Matrix, QuantizedWeight, Transform
+from mezzotint.core.files import Format
 from mezzotint.errors import FormatError
-from mezzotint.formats import native
+from mezzotint.formats import gptq, native
 from mezzotint.formats.compressed_tensors import CompressedTensors
+from mezzotint.formats.schemes import uniform_grid
 from mezzotint.grids.uniform import UniformGrid
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +26,22 @@ class PackedWeight:
 
     Attributes:
         parts: names of the tensors that store it; the first holds the codes.
-        dtype: what dense values are rounded to by engines: that of the scales in compressed-tensors; ``dense`` gives
-            them unrounded, in float32.
-        dense: reads the parts and decodes them.
+        dtype: what dense values are rounded to by engines: that of the scales in stock formats.
+        grid: that it is on.
+        transform: whose basis the codes are in, or None.
+        weight: reads the parts, and checks them.
     """
 
     parts: tuple[str, ...]
     dtype: torch.dtype
     shape: tuple[int, int]
-    dense: Callable[[], Tensor]
+    grid: Grid
+    transform: Transform | None
+    weight: Callable[[], QuantizedWeight]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """Its values, unrounded, in float32."""
+        return self.weight().dense()
 
 
 def packed_weights(
@@ -51,6 +60,8 @@ def packed_weights(
     """
     if quantization.get("quant_method") == native.METHOD:
         return _native_weights(quantization, tensors, read)
+    if quantization.get("quant_method") == gptq.METHOD:
+        return _gptq_weights(quantization, tensors, read)
     return _pack_quantized_weights(quantization, tensors, read)
 
 
@@ -69,12 +80,39 @@ def _native_weights(
             if part not in tensors:
                 raise FormatError(f"{part} is missing; the folder is broken. Make or download it again.")
 
-        def dense(module: str = module, scheme: native.Scheme = scheme) -> Tensor:
+        def weight(module: str = module, scheme: native.Scheme = scheme) -> QuantizedWeight:
             stored = {part: read(f"{module}.{part}") for part in scheme.specs()}
             scheme.verify(module, stored)
-            return scheme.restore(stored).dense()
+            return scheme.restore(stored)
 
-        found[f"{module}.weight"] = PackedWeight(parts=parts, dtype=torch.float32, shape=scheme.shape, dense=dense)
+        found[f"{module}.weight"] = PackedWeight(
+            parts=parts,
+            dtype=torch.float32,
+            shape=scheme.shape,
+            grid=scheme.grid,
+            transform=scheme.transform,
+            weight=weight,
+        )
+    return found
+
+
+def _gptq_weights(
+    quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, PackedWeight]:
+    form = gptq.reader_of(quantization)
+    found: dict[str, PackedWeight] = {}
+    for name in tensors:
+        module = name.removesuffix(".qweight")
+        if module == name:
+            continue
+        parts = tuple(f"{module}.{part}" for part in gptq.PARTS)
+        for part in parts:
+            if part not in tensors:
+                raise FormatError(f"{part} is missing; the folder is broken. Make or download it again.")
+        scales = tensors[f"{module}.scales"]
+        grid = gptq.read_grid(quantization, module, scales.dtype)
+        shape = int(scales.shape[1]), int(tensors[f"{module}.g_idx"].shape[0])
+        found[f"{module}.weight"] = _uniform(form, module, shape, parts, grid=grid, read=read)
     return found
 
 
@@ -91,15 +129,30 @@ def _pack_quantized_weights(
         rows, columns = (int(n) for n in read(f"{module}.weight_shape"))
         dtype = tensors[f"{module}.weight_scale"].dtype
         grid = _grid(_scheme(quantization, module), dtype)
-        matrix = Matrix(
-            name=module, parameter=f"{module}.weight", sources=(f"{module}.weight",), shape=(rows, columns), fusion=""
-        )
-
-        def dense(matrix: Matrix = matrix, parts: tuple[str, ...] = parts, grid: UniformGrid = grid) -> Tensor:
-            return form.weight(matrix, {part: read(part) for part in parts}, grid).dense()
-
-        found[f"{module}.weight"] = PackedWeight(parts=parts, dtype=dtype, shape=(rows, columns), dense=dense)
+        found[f"{module}.weight"] = _uniform(form, module, (rows, columns), parts, grid=grid, read=read)
     return found
+
+
+def _uniform(
+    form: Format,
+    module: str,
+    shape: tuple[int, int],
+    parts: tuple[str, ...],
+    *,
+    grid: UniformGrid,
+    read: Callable[[str], Tensor],
+) -> PackedWeight:
+    """One weight of a format of uniform integers."""
+    name = f"{module}.weight"
+    matrix = Matrix(name=module, parameter=name, sources=(name,), shape=shape, fusion="")
+    return PackedWeight(
+        parts=parts,
+        dtype=grid.storage_dtype,
+        shape=shape,
+        grid=grid,
+        transform=None,
+        weight=lambda: form.weight(matrix, {part: read(part) for part in parts}, grid),
+    )
 
 
 def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -120,10 +173,9 @@ def _groups(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _grid(weights: Mapping[str, Any], dtype: torch.dtype) -> UniformGrid:
-    return UniformGrid(
-        bits=weights["num_bits"],
-        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
-        symmetric=weights["symmetric"],
-        range="minmax",
-        scale_dtype=_DTYPES[dtype],  # type: ignore[arg-type]
-    )
+    scheme = {
+        "bits": weights["num_bits"],
+        "group_size": weights["group_size"] if weights["strategy"] == "group" else None,
+        "symmetric": weights["symmetric"],
+    }
+    return uniform_grid(scheme, dtype)

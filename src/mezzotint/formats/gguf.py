@@ -13,9 +13,9 @@ from torch import Tensor
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
-from mezzotint.formats import gguf_model, gguf_tokens
+from mezzotint.formats import checksums, gguf_model, gguf_tokens
 from mezzotint.formats.gguf_file import CHECKSUMS, GgufFile, Outgoing, write_gguf
-from mezzotint.formats.native import Native
+from mezzotint.formats.native import CHECKSUM, Native
 from mezzotint.formats.targets import module_of
 from mezzotint.grids.gguf import GgufGrid
 from mezzotint.grids.gguf_types import BLOCK_TYPES
@@ -25,6 +25,7 @@ NAMES = "mezzotint.names"  # of the tensors in the checkpoint, in the order of t
 _BLOCKS = ".weight_blocks"
 _BY_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 _TABLES = ("token_embd.weight", "output.weight")
+_HEADER, _HEADER_TENSOR = 4096, 160  # bytes: settings, and both names, shape, place and checksum of a tensor
 _QUANTIZATION_VERSION = 2  # of llama.cpp's block layouts
 
 
@@ -120,7 +121,7 @@ class Gguf:
         """
         grids = {model.matrices[entry.matrix].sources[0]: entry.grid for entry in plan.entries}
         export(folder, folder / FILE, config, grids)
-        for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json", folder / checksums.FILE):
             path.unlink(missing_ok=True)
         return (folder / FILE).stat().st_size
 
@@ -176,6 +177,32 @@ def export(
         gguf_tokens.describe_tokenizer(writer, folder, rows)
 
     write_gguf(target, architecture.name, describe, outgoing)
+
+
+def kept_bytes(folder: Path, config: Mapping[str, object], specs: Sequence[TensorSpec]) -> int:
+    """What `export` will make of everything that is not quantized, header included; an upper bound, by little.
+
+    Args:
+        folder: with tokenizer.json, than which the vocabulary in the header is shorter.
+        config: of the model, as a dictionary.
+        specs: of the tensors in the safetensors files.
+    """
+    beside = (_BLOCKS, "." + CHECKSUM)
+    architecture = gguf_model.architecture_of(config)
+    kept = {spec.name: spec for spec in specs if not spec.name.endswith(beside)}
+    names = gguf_model.tensor_names(architecture, config, list(kept))
+    tied = "output.weight" not in names.values()
+    total = (folder / "tokenizer.json").stat().st_size + _HEADER + _HEADER_TENSOR * len(specs)
+    for name, new in names.items():
+        spec = kept[name]
+        if len(spec.shape) == 1:
+            total += 4 * spec.shape[0]
+        elif new in _TABLES:  # an embedding takes at most what most matrices have, and these at most Q8_0
+            grid = table_grid(new, spec.shape, ["Q8_0"], tied=tied)
+            total += grid.stored_bits((spec.shape[0], spec.shape[1])).total // 8
+        else:
+            total += spec.nbytes
+    return total
 
 
 def _names(path: Path) -> Iterator[str]:

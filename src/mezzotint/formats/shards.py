@@ -21,6 +21,7 @@ from torch import Tensor
 from mezzotint.core.dtypes import SAFETENSORS_NAMES
 from mezzotint.core.files import TensorSpec
 from mezzotint.errors import OutputError, VanishedError
+from mezzotint.formats.checksums import write_checksums
 from mezzotint.formats.folder import no_space, sync_folder, write_json
 
 JOURNAL = "shards.written"
@@ -194,6 +195,7 @@ class ShardWriter:
                 f"{self.folder}: {len(missing)} of {len(self._specs)} tensors were never written: {shown}. "
                 "The files are incomplete; run again."
             )
+        write_checksums(self.folder, self._checksums)
         for file in self._files.values():
             os.fsync(file)  # all tensors before the first header says that they are there
         for shard in self._shards:

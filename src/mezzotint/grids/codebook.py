@@ -1,7 +1,7 @@
 """Grids of a fixed codebook: ``value = scale * codebook[code]`` with one scale per group of columns of a row."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -55,15 +55,15 @@ class CodebookGrid(ABC):
         range: how a group's scale is chosen: ``rms``, the codebook's deviation is the root mean square of the group;
             ``absmax``, its largest value is that of the group; ``error``, the smallest squared error over scales around
             these; ``weighted``, the same weighted by the mean square of each input (diag H).
-        scale_per: one scale a group, or one for the whole ``matrix``, whatever the group size: for weights that a
-            transform has made alike.
+        scale_per: one scale a group; one a ``row``, or one for the whole ``matrix``, whatever the group size: for
+            weights that a transform has made alike.
         scale_dtype: of the stored scales, rounded to it before codes are chosen; ``auto`` is the checkpoint's.
     """
 
     kind: ClassVar[str]
     group_size: scales.GroupSize = "auto"
     range: Range = "weighted"
-    scale_per: Literal["group", "matrix"] = "group"
+    scale_per: scales.ScalePer = "group"
     scale_dtype: scales.ScaleDtype = "auto"
 
     @property
@@ -100,6 +100,11 @@ class CodebookGrid(ABC):
         """``gram`` for the weighted range."""
         return frozenset({"gram"}) if self.range == "weighted" else frozenset()
 
+    @property
+    def rowwise(self) -> bool:
+        """Unless there is one scale for the whole matrix."""
+        return self.scale_per != "matrix"
+
     def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "CodebookGrid":
         """The grid with every ``auto`` decided for a matrix of that shape in a checkpoint of that dtype.
 
@@ -111,7 +116,7 @@ class CodebookGrid(ABC):
                 f"grid {self.kind!r} encodes {self.tile[1]} columns together; a matrix of {shape[1]} columns does not "
                 "divide. Use grid.kind=lookup for it."
             )
-        group_size = scales.resolve_group_size(self.group_size, shape[1], widths) if self.scale_per == "group" else None
+        group_size = scales.resolve_group_size(self.group_size, shape[1], widths, self.scale_per)
         return replace(self, group_size=group_size, scale_dtype=scales.resolve_scale_dtype(self.scale_dtype, dtype))
 
     def columns_per_group(self, width: int) -> int:
@@ -312,6 +317,11 @@ class FittedCodebook:
         """The grid of some rows."""
         scale = self.scale[rows]
         return replace(self, shape=(scale.shape[0], self.shape[1]), scale=scale)
+
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedCodebook"]:
+        """Codes and grid of the whole matrix."""
+        scale = join(self.scale, 0)
+        return join(code, 0), replace(self, shape=(scale.shape[0], self.shape[1]), scale=scale)
 
     def scaled(self, factor: float) -> "FittedCodebook":
         """The grid of ``factor`` times the values."""

@@ -1,6 +1,6 @@
 """The block types of GGUF as grids: blocks of 32 or 256 columns whose scales are part of the grid."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -65,6 +65,11 @@ class GgufGrid:
     def needs(self) -> frozenset[str]:
         """``gram`` for the weighted range."""
         return frozenset({"gram"}) if self.range == "weighted" else frozenset()
+
+    @property
+    def rowwise(self) -> bool:
+        """Blocks lie in a row."""
+        return True
 
     def resolve(self, shape: tuple[int, int], dtype: torch.dtype, widths: Collection[int] = ()) -> "GgufGrid":
         """The grid for a matrix of that shape: another type where blocks do not fit and ``fallback`` is on.
@@ -233,6 +238,12 @@ class FittedGguf:
         """The grid of some rows."""
         taken = {name: value[rows] for name, value in self.parameters.items()}
         return replace(self, shape=(taken["super_scale"].shape[0], self.shape[1]), **taken)
+
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedGguf"]:
+        """Codes and grid of the whole matrix."""
+        code = join(code, 0)
+        joined = {name: join(value, 0) for name, value in self.parameters.items()}
+        return code, replace(self, shape=(code.shape[0], self.shape[1]), **joined)
 
     def scaled(self, factor: float) -> "FittedGguf":
         """The grid of ``factor`` times the values."""

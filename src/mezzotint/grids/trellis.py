@@ -1,7 +1,7 @@
 """Trellis-coded weights: tiles of 16 x 16 as one path through a trellis, at any eighth of a bit from 1 to 6."""
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -51,7 +51,7 @@ class TrellisGrid:
         bits: of a weight, a multiple of 1/8 from 1 to 6.
         states: bits of the trellis' state: 12, fast to encode, or 16, 3 to 10 % less error up to 4 bits, at a
             sixteenth of the speed.
-        scale_per: one scale a matrix, for weights that a transform has made alike; or one a row.
+        scale_per: one scale for the ``matrix``, for weights that a transform has made alike; or one a ``row``.
         window: steps on both sides of the seam that the search looks at to close the path, 1 to 128.
     """
 
@@ -88,6 +88,11 @@ class TrellisGrid:
     def needs(self) -> frozenset[str]:
         """No statistics."""
         return frozenset()
+
+    @property
+    def rowwise(self) -> bool:
+        """Unless there is one scale for the whole matrix."""
+        return self.scale_per != "matrix"
 
     @property
     def rate(self) -> int:
@@ -204,6 +209,12 @@ class FittedTrellis:
         count = len(range(*rows.indices(self.shape[0])))
         scale = self.scale[rows] if self.grid.scale_per == "row" else self.scale
         return replace(self, shape=(count, self.shape[1]), scale=scale)
+
+    def join_rows(self, code: Tensor, join: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, "FittedTrellis"]:
+        """Codes and grid of the whole matrix."""
+        code = join(code, 1)
+        scale = join(self.scale, 0) if self.grid.scale_per == "row" else self.scale
+        return code, replace(self, shape=(code.shape[1] * SIDE, self.shape[1]), scale=scale)
 
     def scaled(self, factor: float) -> "FittedTrellis":
         """The grid of ``factor`` times the values."""

@@ -56,11 +56,13 @@ def open_model(
     checkpoint = Checkpoint.open(folder) if read is None else read(config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
+        found = quantization if isinstance(quantization, dict) else quantization.to_dict()
         if decode is None:
             raise ModelError(
-                f"the model in {str(folder)!r} is already quantized. Give the original model. [already-quantized]"
+                f"the model in {str(folder)!r} is already quantized ({found.get('quant_method')!r}). Give the original "
+                "model. [already-quantized]"
             )
-        checkpoint = decode(checkpoint, quantization if isinstance(quantization, dict) else quantization.to_dict())
+        checkpoint = decode(checkpoint, found)
     skeleton = build_skeleton(config, trust_remote_code)
     bound = checkpoint.bind(skeleton)
     return Source(folder=Path(folder), config=config, skeleton=skeleton, map=infer(skeleton, bound), checkpoint=bound)

@@ -132,7 +132,10 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorInfo]]:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         expected = 8 + length + end
         if size < expected:
-            raise _truncated(path, expected, size)
+            cut = min(
+                (e["data_offsets"][1], name) for name, e in entries.items() if 8 + length + e["data_offsets"][1] > size
+            )
+            raise _truncated(path, expected, size, tensor=cut[1])
         infos = {name: _info(path, name, entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, ModelError):
@@ -204,9 +207,10 @@ def gone(path: Path, how: str) -> VanishedError:
     return VanishedError(f"{path} {how}; it was complete when the run began. Put it back as it was.")
 
 
-def _truncated(path: Path, expected: int, size: int) -> ModelError:
+def _truncated(path: Path, expected: int, size: int, *, tensor: str | None = None) -> ModelError:
+    cut = "" if tensor is None else f" It ends in tensor {tensor!r}."
     return ModelError(
-        f"{path.name} is truncated: its header says {expected} bytes, the file has {size}. Download it again."
+        f"{path.name} is truncated: its header says {expected} bytes, the file has {size}.{cut} Download it again."
     )
 
 

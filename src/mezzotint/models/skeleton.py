@@ -21,7 +21,7 @@ from mezzotint.models.binding import BoundCheckpoint
 from mezzotint.models.checkpoint import check_folder
 
 # quant_method and format of folders that callers may decode
-READABLE = (("compressed-tensors", "pack-quantized"), ("mezzotint", None))
+READABLE = (("compressed-tensors", "pack-quantized"), ("gptq", None), ("mezzotint", None))
 
 
 def load_config(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -180,8 +180,8 @@ def _check_quantization(config: PreTrainedConfig) -> None:
         return
     raise ModelError(
         f"the model is already quantized: quantization_config has quant_method {method!r}, format {layout!r}; only "
-        "unquantized weights, compressed-tensors pack-quantized and mezzotint can be read. Give the original model. "
-        "[already-quantized]"
+        "unquantized weights, compressed-tensors pack-quantized, gptq and mezzotint can be read. Give the original "
+        "model. [already-quantized]"
     )
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mezzotint.allocation import Choice, Item, allocate, frontier
 from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.allocation.sensitivity import Sensitivity
+from mezzotint.core.contracts import Grid
 from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
@@ -20,7 +21,7 @@ from mezzotint.pipeline.footprint import other_bytes, serving_bytes
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.noise import noise_insertion
 from mezzotint.pipeline.plan import Planned, make_plan
-from mezzotint.pipeline.pricing import Price, menus, price
+from mezzotint.pipeline.pricing import Label, Price, menus, price, setting_of
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.sensitivity import measure_sensitivity
 
@@ -40,6 +41,7 @@ class Point:
         bytes: of the folder.
         predicted_kl_nats: per token.
         code_bits: of every code, if they are the same.
+        type: of GGUF that every matrix has, or its fallback.
         tokens_per_second: predicted, if time matters.
     """
 
@@ -48,7 +50,13 @@ class Point:
     bytes: int
     predicted_kl_nats: float
     code_bits: float | int | None = None
+    type: str | None = None
     tokens_per_second: float | None = None
+
+    @property
+    def label(self) -> Label:
+        """Of the choice that all matrices have, where they have one."""
+        return self.type or self.code_bits or 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +127,8 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
                 "beside the weights. Raise it, or lower --context."
             )
         knapsack = replace(knapsack, fits=None, size=knapsack.fits - beside)
-    request = replace(request, engine=request.engine or "mezzotint")
+    if request.wanted_format is None:
+        request = replace(request, engine="mezzotint")
     planned = make_plan(source, _assigned(request, {}), calibrate=True)
     if knapsack.size is not None and planned.plan.format == "dense":
         raise ConfigError(
@@ -172,7 +181,7 @@ def _solved(
     request = planned.request
     rest = other_bytes(source, planned)
 
-    def point(kind: str, choices: Sequence[Choice], code_bits: float | int | None = None) -> Point:
+    def point(kind: str, choices: Sequence[Choice], label: Label | None = None) -> Point:
         bits = sum(choice.bits for choice in choices)
         seconds = constant + sum(choice.seconds for choice in choices)
         return Point(
@@ -180,7 +189,8 @@ def _solved(
             bits_per_weight=bits / planned.weights,
             bytes=rest + -(-bits // 8),
             predicted_kl_nats=sum(choice.loss for choice in choices),
-            code_bits=code_bits,
+            code_bits=None if isinstance(label, str) else label,
+            type=label if isinstance(label, str) else None,
             tokens_per_second=1 / seconds if constant else None,
         )
 
@@ -201,7 +211,7 @@ def _solved(
     chosen = {member: found.labels[name] for name, members in classes.items() for member in members}
     return Allocated(
         request=_assigned(request, chosen),
-        uniform=None if best is None else _assigned(request, dict.fromkeys(names, _label(best.code_bits or 0))),
+        uniform=None if best is None else _assigned(request, dict.fromkeys(names, best.label)),
         chosen=point("allocated", list(found.choices.values())),
         alike=best,
         points=(
@@ -222,16 +232,17 @@ def _within(point: Point, knapsack: Knapsack) -> bool:
     )
 
 
-def _assigned(request: Request, bits: Mapping[str, Any]) -> Request:
-    """The request with the bits of each matrix written into its recipe, and no allocation."""
-    matrices = {name: {**request.recipe.matrices.get(name, {}), "grid.bits": b} for name, b in bits.items()}
+def _assigned(request: Request, labels: Mapping[str, Any]) -> Request:
+    """The request with the choice for each matrix written into its recipe, and no allocation."""
+    matrices = {name: {**request.recipe.matrices.get(name, {}), **setting_of(label)} for name, label in labels.items()}
     changes = {"allocation": {"kind": "none"}, "matrices": {**request.recipe.matrices, **matrices}}
     return replace(request, recipe=request.recipe.model_copy(update=changes))
 
 
 def _classes(source: Source, planned: Planned) -> dict[str, list[str]]:
     """Matrices that must have one scheme, under a name: what engines fuse, where the format is for such engines."""
-    fused = planned.plan.format == "compressed-tensors"
+    loads = planned.request.loading.loads.get(planned.plan.format)
+    fused = loads is not None and loads.fused
     classes: dict[str, list[str]] = {}
     for entry in planned.plan.entries:
         fusion = source.map.matrices[entry.matrix].fusion if fused else entry.matrix
@@ -241,31 +252,27 @@ def _classes(source: Source, planned: Planned) -> dict[str, list[str]]:
 
 def _item(name: str, members: Sequence[Sequence[Price]]) -> Item:
     """The choices that all members have, losses and bits added up."""
-    by_bits = [{float(one.grid.bits): one for one in prices} for prices in members]
-    common = [b for b in by_bits[0] if all(b in other for other in by_bits)]
+    tables = [{one.label: one for one in prices} for prices in members]
+    common = [label for label in tables[0] if all(label in other for other in tables)]
     if not common:
         raise ConfigError(f"the matrices of {name} must have one grid, and no bits are possible for all of them.")
     choices = [
         Choice(
-            label=_label(b),
-            loss=sum(o[b].loss for o in by_bits),
-            bits=sum(o[b].bits for o in by_bits),
-            seconds=sum(o[b].seconds for o in by_bits),
+            label=label,
+            loss=sum(table[label].loss for table in tables),
+            bits=sum(table[label].bits for table in tables),
+            seconds=sum(table[label].seconds for table in tables),
         )
-        for b in common
+        for label in common
     ]
     return Item(name=name, choices=tuple(choices))
 
 
-def _label(bits: float) -> int | float:
-    return int(bits) if bits.is_integer() else bits
-
-
-def _uniform(items: Sequence[Item]) -> dict[float, list[Choice]]:
-    """The same bits everywhere, where every item can have them."""
+def _uniform(items: Sequence[Item]) -> dict[Label, list[Choice]]:
+    """The same choice everywhere, where every item can have it."""
     tables = [{choice.label: choice for choice in item.choices} for item in items]
     common = [label for label in tables[0] if all(label in table for table in tables)]
-    return {float(str(label)): [table[label] for table in tables] for label in common}
+    return {cast(Label, label): [table[label] for table in tables] for label in common}
 
 
 def _check_speed(items: Sequence[Item], deadline: float | None, constant: float) -> None:
@@ -301,13 +308,13 @@ def _check_budget(items: Sequence[Item], budget: int | None, knapsack: Knapsack,
 
 
 def _check_mixture(
-    source: Source, request: Request, classes: Mapping[str, Sequence[str]], choices: Mapping[str, Sequence[Any]]
+    source: Source, request: Request, classes: Mapping[str, Sequence[str]], choices: Mapping[str, Mapping[Label, Grid]]
 ) -> None:
     """Refuse before any work a format that cannot hold different bits: plan the most uneven mixture."""
     ends: dict[str, Any] = {}
     for place, members in enumerate(classes.values()):
         for name in members:
-            ends[name] = choices[name][0 if place % 2 else -1].bits
+            ends[name] = list(choices[name])[0 if place % 2 else -1]
     make_plan(source, _assigned(request, ends))
 
 

@@ -14,6 +14,7 @@ from mezzotint.pipeline.command import command_of
 from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.evaluate import compare
 from mezzotint.pipeline.plan import Planned, make_plan
+from mezzotint.pipeline.ranks import ranks_of, world_size
 from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.resume import STATE
@@ -38,6 +39,8 @@ def plan(request: Request, listener: Listener | None = None) -> tuple[Planned, A
 def quantize(request: Request, out: Path, listener: Listener | None = None, *, resume: bool = False) -> dict[str, Any]:
     """Quantize a model folder into ``out`` and return the report.
 
+    Where ``torchrun`` has started several processes, they share the work.
+
     With an allocation that is guarded, two candidates are made, allocated and with the same grid everywhere. Both are
     measured on the calibration windows that are held out, and the better one stays.
 
@@ -51,7 +54,13 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
         MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
     """
     if request.recipe.stages().allocation is None:
-        return run.quantize(request, out, listener, resume=resume)
+        with ranks_of(request.device) as ranks:
+            return run.quantize(request, out, listener, resume=resume, ranks=ranks)
+    if world_size() > 1:
+        raise ConfigError(
+            f"bits are allocated by one process, and torchrun started {world_size()}. Run the same command without "
+            "torchrun, or choose a recipe that gives all matrices the same bits."
+        )
     folder = OutputFolder(out, resume=resume)
     try:
         found = _allocated(request, listener)

@@ -22,6 +22,7 @@ from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
 from mezzotint.pipeline.costs import SAMPLING_BYTES, CalibrationPlan
 from mezzotint.pipeline.plan import Planned
+from mezzotint.pipeline.ranks import ALONE, Ranks
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.saved import Saved
 from mezzotint.pipeline.streams import Streams
@@ -60,6 +61,7 @@ def calibrated_streams(
     folder: Path,
     *,
     saved: Saved | None = None,
+    ranks: Ranks = ALONE,
 ) -> Streams:
     """The two streams on the windows of a plan, for these of its entries.
 
@@ -70,6 +72,7 @@ def calibrated_streams(
         windows: `calibration_windows` of the plan.
         folder: where activations spill to.
         saved: hidden states of an interrupted run.
+        ranks: that share the windows.
     """
     request = planned.request
     fit, held_out = windows.split(seed=request.seed)
@@ -84,6 +87,7 @@ def calibrated_streams(
         device=request.device,
         precision=planned.precision,
         saved=saved,
+        ranks=ranks,
     )
 
 

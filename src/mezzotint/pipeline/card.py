@@ -52,10 +52,24 @@ _GGUF = """In llama.cpp:
 llama-server -m FOLDER/model.gguf
 ```
 """
+_GPTQ = _TRANSFORMERS.replace(
+    "In transformers:",
+    "In transformers, with `gptqmodel` and `optimum`, where all matrices have the same bits and groups:",
+)
+_GPTQ_MODEL = """In GPTQModel:
+
+```python
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("FOLDER")
+```
+"""
 _LOADING = {
     "gguf": (_GGUF,),
     "compressed-tensors": (_PACKED, _VLLM.format(note=" (widths other than 4 and 8 bits need kernels of some GPUs)")),
-    "mezzotint": (_NATIVE,),
+    "gptq": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),
+    "gptq-v2": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),
+    "mezzotint": (_NATIVE, _VLLM.format(note=", with `mezzotint` installed beside it")),
     "dense": (_TRANSFORMERS, _VLLM.format(note="")),
 }
 

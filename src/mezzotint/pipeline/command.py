@@ -33,6 +33,7 @@ def command_of(request: Request, calibration: CalibrationPlan | None, out: str) 
     words = ["mezzotint", "quantize", request.model_name, "--out", out, *_recipe_words(request.recipe)]
     if request.engine is not None:
         words += ["--for", request.engine]
+    words += ["--format", request.format] if request.format is not None else []
     if calibration is not None:
         sizes = "--samples", str(calibration.samples), "--seqlen", str(calibration.seqlen)
         source = Path(calibration.source)

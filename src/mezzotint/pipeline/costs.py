@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mezzotint.calibration.windows import HELD_OUT_EVERY
 from mezzotint.core.files import Entry
 from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
-from mezzotint.pipeline.memory import BASE_BYTES, Tokens, phases, unbounded
+from mezzotint.pipeline.memory import BASE_BYTES, Tokens, phases, unbounded, windows_of_batches
+from mezzotint.pipeline.ranks import dealt
 
 START_SECONDS = 2.0  # opening, planning, writing
 SAMPLING_BYTES = 1.8  # the whole model and its KV cache, as a multiple of the checkpoint
@@ -52,7 +54,12 @@ class Costs:
 
 
 def estimate(
-    source: Source, entries: Sequence[Entry], *, calibration: CalibrationPlan | None, memory: int | None
+    source: Source,
+    entries: Sequence[Entry],
+    *,
+    calibration: CalibrationPlan | None,
+    memory: int | None,
+    ranks: int = 1,
 ) -> Costs:
     """Costs of a run with that calibration, if any is needed.
 
@@ -60,12 +67,13 @@ def estimate(
         source: the original.
         entries: what is done.
         calibration: None if nothing needs it.
-        memory: bytes that the process may take; None is no limit.
+        memory: bytes that each process may take; None is no limit.
+        ranks: processes that share the work.
 
     Raises:
         ConfigError: it cannot be done in so little memory; says in how much it can.
     """
-    tokens = None if calibration is None else Tokens(total=calibration.tokens, seqlen=calibration.seqlen)
+    tokens = None if calibration is None else _largest_share(calibration, ranks)
     found = phases(source, entries, tokens)
     sampled = calibration is not None and calibration.source == "self"
     sampling = BASE_BYTES + int(_stored(source) * SAMPLING_BYTES) if sampled else 0
@@ -82,8 +90,15 @@ def estimate(
         least_memory_bytes=max(least, sampling),
         stream_bytes=room,
         keep_runs=keep_runs,
-        flops=_flops(source, entries, 0 if tokens is None else tokens.total, sampled=sampled),
+        flops=_flops(source, entries, 0 if tokens is None else tokens.total, sampled=sampled, ranks=ranks),
     )
+
+
+def _largest_share(calibration: CalibrationPlan, ranks: int) -> Tokens:
+    """The tokens of the rank that has the most, at least a batch."""
+    seqlen, held_out = calibration.seqlen, max(1, calibration.samples // HELD_OUT_EVERY)
+    sizes = [size for part in (calibration.samples - held_out, held_out) for size in windows_of_batches(part, seqlen)]
+    return Tokens(total=max(sum(sizes[i] for i in hand) for hand in dealt(sizes, ranks)) * seqlen, seqlen=seqlen)
 
 
 def _check(memory: int, least: int, sampling: int) -> None:
@@ -105,7 +120,7 @@ def _stored(source: Source) -> int:
     return sum(tensor.nbytes for tensor in source.checkpoint.tensors.values())
 
 
-def _flops(source: Source, entries: Sequence[Entry], tokens: int, *, sampled: bool) -> float:
+def _flops(source: Source, entries: Sequence[Entry], tokens: int, *, sampled: bool, ranks: int) -> float:
     matrices = source.map.matrices
     weights = sum(
         matrices[name].shape[0] * matrices[name].shape[1]
@@ -118,7 +133,7 @@ def _flops(source: Source, entries: Sequence[Entry], tokens: int, *, sampled: bo
     forward = 2 * tokens * weights * (1 + both + _SAMPLING * sampled)
     grams = sum(2 * tokens * m.shape[1] ** 2 for m in solved) / 2
     rounding = sum(2 * m.shape[0] * m.shape[1] ** 2 for m in solved)
-    return float(forward + grams + rounding)
+    return float(forward + grams + rounding / ranks)
 
 
 def flops_per_second(device: str, precision: str) -> float:

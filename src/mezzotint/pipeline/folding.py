@@ -95,26 +95,33 @@ class Folding:
         parts = list(self._parts(block, decided))
         if not parts:
             return decided
+        # the windows that are searched on are those of the first rank
+        found = list(self._searched(block, module, streams, parts)) if streams.ranks.first else []
+        decisions: list[Decisions] = streams.ranks.told([decision for decision, _ in found])
+        for part, decision in zip(parts, decisions, strict=True):
+            decided |= {member.matrix.name: decision for member in part.members}
+        scales = streams.ranks.given({str(i): scale for i, (_, scale) in enumerate(found) if scale is not None})
+        self._rewritten(self._apply([(parts[int(i)].fold, scale.to(self._device)) for i, scale in scales.items()]))
+        return decided
+
+    def _searched(
+        self, block: Block, module: nn.Module, streams: Streams, parts: Sequence[_Part]
+    ) -> Iterator[tuple[Decisions, Tensor | None]]:
+        """What is decided for each part, and its scales if it gets any."""
         batch = streams.batches[0]
         with streams.products():
             inputs, calls = self._observed(block, module, streams, parts)
-        found: list[tuple[Fold, Tensor]] = []
         same: dict[tuple[str, ...], bool] = {}
         for part in parts:
-            names = [member.matrix.name for member in part.members]
             experts = {member.matrix.expert for member in part.members}
             with streams.products():
                 by_expert = {expert: self._statistics(part, expert, inputs, batch) for expert in experts}
             refusal = self._refusal(part, by_expert, calls, same)
             if refusal is None:
                 basis = self._search(part, by_expert, calls, batch)
-                found.append((part.fold, basis.scale))
-                decision: Decisions = {Awq.kind: basis.strength}
+                yield {Awq.kind: basis.strength}, basis.scale
             else:
-                decision = {Awq.kind: f"not scaled: {refusal}"}
-            decided |= dict.fromkeys(names, decision)
-        self._rewritten(self._apply(found))
-        return decided
+                yield {Awq.kind: f"not scaled: {refusal}"}, None
 
     def _parts(self, block: Block, decided: dict[str, Decisions]) -> Iterator[_Part]:
         """What is to be scaled; what cannot be goes to ``decided``."""

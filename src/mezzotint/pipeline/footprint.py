@@ -4,6 +4,7 @@ import json
 
 from mezzotint.core.dtypes import SAFETENSORS_NAMES
 from mezzotint.formats.folder import companions
+from mezzotint.formats.gguf import Gguf, kept_bytes
 from mezzotint.models import Source
 from mezzotint.pipeline.plan import Planned
 
@@ -14,14 +15,16 @@ _PIECE = 2048  # of a prompt, that engines run at once
 
 
 def other_bytes(source: Source, planned: Planned) -> int:
-    """Everything in the folder but the tensors of the quantized matrices."""
+    """Everything in the folder but the tensors of the quantized matrices; of a GGUF file no more than this."""
     layout, config = planned.layout, source.folder / "config.json"
     quantization = planned.form.config(planned.plan, source.map)
     files = [path.stat().st_size for path in companions(source.folder, trusted=planned.request.trust_remote_code)]
+    if isinstance(planned.form, Gguf):
+        beside = kept_bytes(source.folder, source.config.to_dict(), layout.specs)
+    else:
+        beside = layout.nbytes - quantized_bytes(source, planned) + _header_bytes(planned)
     return (
-        layout.nbytes
-        - quantized_bytes(source, planned)
-        + _header_bytes(planned)
+        beside
         + config.stat().st_size
         + (0 if quantization is None else len(json.dumps({"quantization_config": dict(quantization)}, indent=2)))
         + sum(files)
@@ -66,9 +69,10 @@ def quantized_bytes(source: Source, planned: Planned) -> int:
 
 
 def _header_bytes(planned: Planned) -> int:
-    """Of the safetensors files: names, dtypes, shapes and places."""
+    """Of the safetensors files: names, dtypes, shapes and places; and the checksums beside them."""
     entries = {
         spec.name: {"dtype": SAFETENSORS_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (10**9, 10**9)}
         for spec in planned.layout.specs
     }
-    return len(json.dumps(entries, separators=(",", ":")))
+    checksums = {spec.name: "0" * 8 for spec in planned.layout.specs}  # in a file of their own
+    return len(json.dumps(entries, separators=(",", ":"))) + len(json.dumps(checksums, indent=2))

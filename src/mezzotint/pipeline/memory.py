@@ -2,12 +2,14 @@
 
 import ctypes
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mezzotint.core.contracts import Block
 from mezzotint.core.files import Entry
 from mezzotint.models import Source
+from mezzotint.submodules.scores import KEPT
 
 BASE_BYTES = 480 * 2**20  # interpreter, torch, transformers and what they load on first use, measured on Linux
 BATCH_TOKENS = 4096  # that run through a block together
@@ -24,14 +26,18 @@ _FRAGMENTED = 1.25  # what the allocator holds over what is in use, where it may
 
 
 def return_freed_memory() -> None:
-    """Make the C library give freed tensors back at once, so that peak memory is what is in use.
+    """Make the C library give freed memory back, so that peak memory is what is in use.
 
-    By default glibc keeps freed pieces of up to 32 MiB for later; a run then takes a quarter more than it uses.
+    By default glibc keeps freed pieces of up to 32 MiB for later; a run then takes a quarter more than it uses. From
+    now on it keeps small ones only. They lie wherever there was room, and every block would touch other places: so
+    this is called behind every block, and gives back what is free by then.
     """
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, MMAP_BYTES)
+        library = ctypes.CDLL(None)
+        trim = getattr(library, "malloc_trim", None)  # of glibc, which has the other one too
+        if trim is not None:
+            library.mallopt(_MMAP_THRESHOLD, MMAP_BYTES)
+            trim(ctypes.c_size_t(0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,12 @@ class Tokens:
     def batch(self) -> int:
         """Tokens that run together."""
         return min(self.total, max(1, BATCH_TOKENS // self.seqlen) * self.seqlen)
+
+
+def windows_of_batches(windows: int, seqlen: int) -> list[int]:
+    """How many windows run together in each batch: about `BATCH_TOKENS` tokens, on any number of ranks."""
+    size = max(1, BATCH_TOKENS // seqlen)
+    return [min(size, windows - start) for start in range(0, windows, size)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +132,8 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
             )
             for g, w in zip(block.groups, widths, strict=True)
         )
-        step = _RELAXING * largest + _SLOPES * tokens.batch * widest * _FLOAT
+        # attention is kept of one batch that is fitted on and of one that is held out
+        step = _RELAXING * largest + _SLOPES * tokens.batch * widest * _FLOAT + 2 * KEPT * _FLOAT
         each = (max(widths) + _WAITING * hidden) * _FLOAT
         found.add(
             Phases(
@@ -137,11 +150,17 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
         width = widths[position]
         each = (width + _WAITING * hidden) * _FLOAT
         held = {"waiting": tokens.total * each, "passing": tokens.batch * each}
+        sharing = Counter(matrices[entry.matrix].expert for entry in members)
         experts = len({matrices[name].expert for name in group.matrices})
         square = width * width * _FLOAT
         sums = experts * _sums(members, group.added_to_residual, square, width * hidden * _FLOAT)
         measuring = base + sums + forward
-        solving = base + sums + max(_solving(entry, _numel(source, entry.matrix) * _FLOAT, square) for entry in members)
+        alone = max(sharing.values()) == 1
+        solving = (
+            base
+            + sums
+            + max(_solving(entry, _numel(source, entry.matrix) * _FLOAT, square, alone=alone) for entry in members)
+        )
         behind = int(streams + sum(kept[position + 1 :]))
         # full-precision inputs are forgotten batch by batch, as the quantized ones come
         here = min(kept[position], tokens.batch * width * _FLOAT)
@@ -158,12 +177,13 @@ def _sums(members: Sequence[Entry], added: bool, square: int, residual: int) -> 
     return sum(sizes.get(name, 0) for names in (needs, judged) for name in names)
 
 
-def _solving(entry: Entry, matrix: int, square: int) -> int:
-    """Factors and copies of one matrix."""
+def _solving(entry: Entry, matrix: int, square: int, *, alone: bool) -> int:
+    """Factors and copies of one matrix; only where others need it too, the ridge stays while there is a factor."""
     ridge = square if "drift" in entry.target.needs else 0
     turned = 2 * square if entry.basis is not None else 0
     factor = square if "gram" in entry.rounding.needs else 0
-    return ridge + turned + factor + (_SOLVING + _REFINING * (entry.refinement is not None)) * matrix
+    factors = max(ridge, turned + factor) if alone else ridge + turned + factor
+    return factors + (_SOLVING + _REFINING * (entry.refinement is not None)) * matrix
 
 
 def unbounded(largest: int) -> int:

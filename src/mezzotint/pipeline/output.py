@@ -15,6 +15,22 @@ from mezzotint.pipeline.residency import check_finite
 _CHECKED_BYTES = 2**30  # larger tensors are copied without a look, for the memory that a look would take
 
 
+class Elsewhere:
+    """The output on ranks that write nothing."""
+
+    def put(self, matrix: Matrix, weight: QuantizedWeight) -> None:
+        """The first rank has the matrix too."""
+
+    def rewrite(self, parameters: Sequence[str]) -> None:
+        """And these parameters."""
+
+    def checkpoint(self) -> None:
+        """There is no journal here."""
+
+    def release(self) -> None:
+        """There are no files."""
+
+
 class Output:
     """Writes quantized matrices and copies everything else.
 

@@ -10,9 +10,9 @@ from importlib.resources import files
 import torch
 
 from mezzotint.core.contracts import Grid
+from mezzotint.formats.loading import ANY, engines
 from mezzotint.grids.gguf_types import BLOCK_TYPES
 from mezzotint.grids.trellis import RATES, TrellisGrid, measured
-from mezzotint.pipeline.request import ENGINES
 from mezzotint.registry import GRIDS
 
 SHAPE = (4096, 4096)  # of the matrix whose side data is counted
@@ -68,7 +68,7 @@ def palette(*, measure: bool = False) -> Iterator[Colour]:
             bits_with_side_data=stored.total / (SHAPE[0] * SHAPE[1]),
             distortion=gaussian_distortion(resolved, rows) if measure else _committed(name, grid),
             decode_rate=_decode_rate(resolved, weights),
-            engines=tuple(engine for engine in ENGINES if engine != "dense" and _loads(engine, grid)),
+            engines=tuple(name for name in engines() if name not in ("dense", ANY) and _loads(name, grid)),
         )
 
 
@@ -132,5 +132,12 @@ def _aliases(grid: Grid) -> Iterator[str]:
 
 
 def _loads(engine: str, grid: Grid) -> bool:
-    kinds = {"compressed-tensors": "uniform", "gguf": "gguf"}
-    return grid.kind == kinds.get(ENGINES[engine], grid.kind)
+    """Whether one of the engine's packed formats holds the grid, and the engine loads it from there."""
+    found = engines()[engine]
+    for form in found.formats:
+        loads = found.loads.get(form)
+        if loads is None and form != "dense" and grid.kind == {"gguf": "gguf"}.get(form, grid.kind):
+            return True
+        if loads is not None and grid.kind == "uniform" and grid.bits in loads.bits:
+            return True
+    return False

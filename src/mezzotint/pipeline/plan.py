@@ -17,13 +17,14 @@ from mezzotint.errors import ConfigError, FormatError
 from mezzotint.formats.dense import Dense
 from mezzotint.formats.gguf import Gguf
 from mezzotint.formats.native import Native
+from mezzotint.grids.uniform import UniformGrid
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import check_compensation
 from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, estimate, flops_per_second
 from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
 from mezzotint.pipeline.parts import check_parts
 from mezzotint.pipeline.recipe import Recipe, Stages
-from mezzotint.pipeline.request import ENGINES, Request
+from mezzotint.pipeline.request import Request
 from mezzotint.registry import FORMATS, ROUNDINGS, TARGETS, TRANSFORMS
 
 SELF_SEQLEN = 256
@@ -104,7 +105,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
     if calibrate or any(entry.needs for entry in entries):
         calibration = _calibration(source, entries, request)
     precision = _precision(source, request)
-    costs = estimate(source, entries, calibration=calibration, memory=request.memory)
+    costs = estimate(source, entries, calibration=calibration, memory=request.memory, ranks=request.ranks)
     plan = Plan(
         entries=tuple(entries),
         kept=kept,
@@ -114,7 +115,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         peak_memory_bytes=costs.peak_memory_bytes,
         fingerprint=_fingerprint(source, request, entries, calibration, precision),
     )
-    refusals = form.refuses_plan(plan, source.map)
+    refusals = (*form.refuses_plan(plan, source.map), *request.loading.refuses_plan(plan, source.map))
     if refusals:
         raise FormatError(f"format {form.name!r} ({because}) cannot hold this plan: {refusals[0]}")
     shapes = {entry.matrix: source.map.matrices[entry.matrix].shape for entry in entries}
@@ -263,12 +264,9 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
-    if stages.refinement is not None and stages.grid.kind not in stages.refinement.grids:
-        served = ", ".join(sorted(stages.refinement.grids))
-        raise ConfigError(
-            f"{matrix}: refinement {stages.refinement.kind!r} serves grids of kind {served}, not {stages.grid.kind!r}. "
-            "Use refinement.kind=none."
-        )
+    reason = None if stages.refinement is None else stages.refinement.refuses(stages.grid)
+    if stages.refinement is not None and reason is not None:
+        raise ConfigError(f"{matrix}: refinement {stages.refinement.kind!r} {reason}. Use refinement.kind=none.")
 
 
 def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
@@ -280,31 +278,40 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
     kinds = [m.linear or (m.lookup and name == Native.name) for m in matrices]
     odd = next((m for m, held in zip(matrices, kinds, strict=True) if not (held and written_alone(m, users))), None)
     if odd is not None and name != "dense":
-        if request.engine is not None:
+        if request.wanted_format is not None:
             raise FormatError(
-                f"--for {request.engine} writes {name}, which holds weights of {holds} only, and {odd.name} is "
-                "another kind of module. Use --for dense, keep it, or leave --for out."
+                f"{because} writes {name}, which holds weights of {holds} only, and {odd.name} is another kind of "
+                "module. Use --for dense, keep it, or leave --for out."
             )
         name, because = "dense", f"{odd.name} is not the weight of {holds} alone, and packed formats hold nothing else"
     form: Format = FORMATS[name]()
     form.check_source(source.folder, source.config.to_dict(), list(source.checkpoint.tensors))
     for entry, matrix in zip(entries, matrices, strict=True):
-        refusal = form.refuses(entry, matrix)
+        refusal = form.refuses(entry, matrix) or request.loading.refuses(
+            name, entry, matrix, head=matrix.name == source.map.head
+        )
         if refusal is not None:
             raise FormatError(f"format {name!r} ({because}) cannot hold {matrix.name}: {refusal}")
     return form, because
 
 
 def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
-    if request.engine is not None:
-        return ENGINES[request.engine], f"--for {request.engine}"
-    own = next((e for e in entries if e.grid.kind != "uniform" or e.basis is not None), None)
+    wanted = request.wanted_format
+    if wanted is not None:
+        return wanted, f"--format {wanted}" if request.engine is None else f"--for {request.engine}"
+    own = next((e for e in entries if not _usual(e.grid) or e.basis is not None), None)
     if own is None:
         return "compressed-tensors", "what most engines load"
     if own.basis is None and all(e.grid.kind == "gguf" for e in entries):
         return "gguf", "all grids are GGUF block types"
+    kind = f"{own.grid.kind!r}" if own.basis is not None or own.grid.kind != "uniform" else "'uniform' of one scale"
     basis = "" if own.basis is None else f" in the basis {own.basis.kind!r}"
-    return "mezzotint", f"{own.matrix} has the grid {own.grid.kind!r}{basis}, which only mezzotint's own format holds"
+    return "mezzotint", f"{own.matrix} has the grid {kind}{basis}, which only mezzotint's own format holds"
+
+
+def _usual(grid: Grid) -> bool:
+    """Whether most engines have kernels for it."""
+    return isinstance(grid, UniformGrid) and grid.scale_per != "matrix"
 
 
 def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan:
@@ -345,5 +352,6 @@ def _fingerprint(
         "seed": calibration and request.seed,
         "precision": calibration and precision,
         "engine": request.engine,
+        "format": request.format,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

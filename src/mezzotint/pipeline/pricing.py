@@ -1,8 +1,10 @@
 """What every choice of a grid would cost each matrix: predicted loss, stored bits."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from mezzotint.allocation.knapsack import Knapsack
@@ -11,20 +13,25 @@ from mezzotint.core.contracts import Aim, Grid, Matrix, Rounding
 from mezzotint.core.files import Entry
 from mezzotint.core.statistics import Statistics, block_ldl_ratio, padded
 from mezzotint.errors import ConfigError
+from mezzotint.grids.gguf import GgufGrid
 from mezzotint.grids.trellis import TrellisGrid, measured
 from mezzotint.models import Source
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.plan import Planned, stored_bits
+from mezzotint.pipeline.request import WHOLE_BITS
+from mezzotint.pipeline.settings import build
 from mezzotint.pipeline.solve import Solved, Solver, trusted
 from mezzotint.pipeline.streams import Streams
 from mezzotint.pipeline.sweep import Sweep
+from mezzotint.registry import GRIDS
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.targets.weight import WeightTarget
 
 _WHOLE = tuple(range(2, 9))
 _QUARTERS = tuple(quarter / 4 for quarter in range(4, 25))
 _HALVES = tuple(half / 2 for half in range(3, 13))
-# What grids can do, and what engines have kernels for.
+Label = int | float | str  # of a choice: bits of a code, or a type of GGUF
+# What grids can do.
 _BITS: Mapping[str, tuple[float | int, ...]] = {
     "uniform": _WHOLE,
     "lookup": _WHOLE,
@@ -32,35 +39,71 @@ _BITS: Mapping[str, tuple[float | int, ...]] = {
     "trellis": _QUARTERS,
 }
 _ROWS = 128  # of a matrix, evenly spaced, that are rounded to see what a grid costs it
-_ENGINE_BITS: Mapping[str, tuple[float | int, ...]] = {"vllm": (4, 8)}
+# Of a width that does not take 256, the larger types stand for their fallbacks, and two more come between these.
+_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_NARROW_TYPES = ("Q2_K", "Q3_K", "IQ4_NL", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
-def menus(source: Source, planned: Planned, knapsack: Knapsack) -> dict[str, tuple[Grid, ...]]:
+def menus(source: Source, planned: Planned, knapsack: Knapsack) -> dict[str, Mapping[Label, Grid]]:
     """The grids that each matrix may take: what its recipe's grid, the format, the engine and the settings allow.
+
+    A type of GGUF that does not fit a width is its fallback there, as in llama.cpp's own files.
 
     Raises:
         ConfigError: nothing is left for a matrix.
     """
     plan = planned.plan
-    found: dict[str, tuple[Grid, ...]] = {}
+    loading = planned.request.loading
+    found: dict[str, Mapping[Label, Grid]] = {}
     for entry in plan.entries:
         matrix = source.map.matrices[entry.matrix]
-        bits = knapsack.menu or _ENGINE_BITS.get(plan.engine or "", _BITS[entry.grid.kind])
-        grids, refusals = [], []
-        for b in sorted(set(bits)):
-            if not knapsack.allows(entry.matrix, b):
+        loads = loading.loads.get(plan.format)
+        labels = knapsack.menu or (_usual(entry.grid, matrix) if loads is None else loads.menu)
+        grids: dict[Label, Grid] = {}
+        refusals = []
+        for label in dict.fromkeys(labels):
+            grid = labelled(entry.grid, label).resolve(matrix.shape, torch.float32)
+            if not knapsack.allows(entry.matrix, grid.bits):
                 continue
-            grid = replace(entry.grid, bits=int(b) if entry.grid.kind in ("uniform", "lookup") else float(b))  # pyright: ignore[reportArgumentType,reportCallIssue]
-            refusal = planned.form.refuses(replace(entry, grid=grid), matrix)
+            tried = replace(entry, grid=grid)
+            refusal = planned.form.refuses(tried, matrix) or loading.refuses(
+                plan.format, tried, matrix, head=matrix.name == source.map.head
+            )
             if refusal is None:
-                grids.append(grid)
+                grids[label] = grid
             else:
                 refusals.append(str(refusal))
         if not grids:
             why = refusals[0] if refusals else "allocation.limits or allocation.least leave none"
-            raise ConfigError(f"no grid of {list(bits)} bits is possible for {entry.matrix}: {why}.")
-        found[entry.matrix] = tuple(grids)
+            raise ConfigError(f"no grid of {list(labels)} is possible for {entry.matrix}: {why}.")
+        found[entry.matrix] = dict(sorted(grids.items(), key=lambda item: item[1].stored_bits(matrix.shape).total))
     return found
+
+
+def labelled(grid: Grid, label: Label) -> Grid:
+    """A grid of the same kind and settings with so many bits, or of that type.
+
+    Raises:
+        ConfigError: the label does not fit the kind.
+    """
+    if isinstance(grid, GgufGrid) != isinstance(label, str):
+        names = "names of types" if isinstance(grid, GgufGrid) else "bits"
+        raise ConfigError(f"allocation.menu has {label!r}; grid {grid.kind!r} is chosen by {names}. Give these.")
+    settings = {"kind": grid.kind, **asdict(cast(Any, grid))}
+    if isinstance(label, str):
+        return build("grid", {**settings, "type": label}, GRIDS)
+    return build("grid", {**settings, "bits": int(label) if grid.kind in WHOLE_BITS else float(label)}, GRIDS)
+
+
+def setting_of(label: Label) -> dict[str, Label]:
+    """The setting that makes a choice, as recipes have it."""
+    return {"grid.type": label} if isinstance(label, str) else {"grid.bits": label}
+
+
+def _usual(grid: Grid, matrix: Matrix) -> Sequence[Label]:
+    if isinstance(grid, GgufGrid):
+        return _TYPES if matrix.shape[1] % 256 == 0 else _NARROW_TYPES
+    return _BITS[grid.kind]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +111,13 @@ class Price:
     """What a matrix costs with one grid.
 
     Attributes:
+        label: of the choice.
         loss: predicted, nats of KL per token.
         bits: stored.
         seconds: of one token; zero where time is no matter.
     """
 
+    label: Label
     grid: Grid
     loss: float
     bits: int
@@ -94,7 +139,7 @@ class _Pricer(Solver):
     def __init__(
         self,
         entries: Mapping[str, Entry],
-        choices: Mapping[str, Sequence[Grid]],
+        choices: Mapping[str, Mapping[Label, Grid]],
         sensitivities: Mapping[str, Sensitivity],
         *,
         size: Callable[[Entry, Grid], int],
@@ -136,12 +181,13 @@ class _Pricer(Solver):
             rounding = _on_equal_inputs(entry.rounding)
             self.prices[matrix.name] = tuple(
                 Price(
+                    label=label,
                     grid=grid,
                     loss=predicted(rounding, grid, turned_weight, statistics, sensitivity),
                     bits=self._size(entry, grid),
                     seconds=self._seconds(entry, grid),
                 )
-                for grid in self._choices[matrix.name]
+                for label, grid in self._choices[matrix.name].items()
             )
             self._done()
         return iter(())
@@ -187,7 +233,7 @@ def price(
     planned: Planned,
     streams: Streams,
     sensitivities: Mapping[str, Sensitivity],
-    choices: Mapping[str, Sequence[Grid]],
+    choices: Mapping[str, Mapping[Label, Grid]],
     *,
     latency: Latency | None,
     progress: Callable[[int, int], None],

@@ -70,6 +70,7 @@ def full_report(
     out: str,
     original_bytes: int,
     spent: Mapping[str, float],
+    by_rank: Sequence[Mapping[str, float]],
     times: Mapping[str, float],
 ) -> dict[str, Any]:
     """The report of a finished run.
@@ -81,6 +82,7 @@ def full_report(
         out: name of the output folder.
         original_bytes: of all tensors of the original.
         spent: ``seconds``, ``cpu_seconds`` and ``peak_rss_bytes`` of all processes that worked on it.
+        by_rank: the same of each rank, without earlier processes.
         times: seconds by stage.
     """
     request = planned.request
@@ -94,12 +96,14 @@ def full_report(
             "python": sys.version.split()[0],
         },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": request.device},
+        "ranks": request.ranks,
         "precision": planned.precision,
         "model": request.model_name,
         "recipe": request.recipe.model_dump(mode="json"),
         "command": command_of(request, planned.calibration, out),
         "seed": request.seed,
         **spent,
+        "by_rank": [dict(one) for one in by_rank],
         "times": dict(times),
         "promised_peak_memory_bytes": planned.plan.peak_memory_bytes,
         "output_bytes": output_bytes,

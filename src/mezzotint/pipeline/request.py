@@ -10,15 +10,11 @@ import torch
 
 from mezzotint.core.precision import PRECISIONS
 from mezzotint.errors import ConfigError, unknown
-from mezzotint.pipeline.recipe import Recipe, Rule, load_recipe
+from mezzotint.formats.loading import ANY, Engine, engines
+from mezzotint.pipeline.recipe import Recipe, Rule, load_recipe, presets
+from mezzotint.pipeline.settings import fields_of
+from mezzotint.registry import FORMATS, GRIDS
 
-ENGINES: Mapping[str, str] = {
-    "transformers": "compressed-tensors",
-    "vllm": "compressed-tensors",
-    "llama.cpp": "gguf",
-    "mezzotint": "mezzotint",
-    "dense": "dense",
-}
 WHOLE_BITS = ("uniform", "lookup")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -73,20 +69,34 @@ class Request:
         model: folder of the original.
         recipe: with overrides and rules applied.
         engine: what will run the result; None chooses the format most engines load.
+        format: of the result; None is the first that the engine loads.
         precision: of matrix products in calibration: float32, bfloat16 (factors; sums stay float32), or auto, which is
             what the model is stored in.
         memory: bytes that weights, activations and solvers may take together; None is no limit.
+        ranks: processes that share the work; the memory is that of each.
     """
 
     model: Path
     recipe: Recipe
     engine: str | None = None
+    format: str | None = None
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     seed: int = 0
     device: str = "cpu"
     precision: str = "auto"
     memory: int | None = None
     trust_remote_code: bool = False
+    ranks: int = 1
+
+    @property
+    def loading(self) -> Engine:
+        """What the engine loads; where none is named, what most do."""
+        return engines()[self.engine or ANY]
+
+    @property
+    def wanted_format(self) -> str | None:
+        """The format that was asked for, by its name or by that of an engine."""
+        return self.format or (None if self.engine is None else self.loading.formats[0])
 
     @property
     def model_name(self) -> str:
@@ -94,15 +104,32 @@ class Request:
         return self.model.absolute().name if self.model.exists() else self.model.as_posix()
 
     def __post_init__(self) -> None:
-        if self.engine is not None and self.engine not in ENGINES:
-            raise ConfigError(unknown("engine", self.engine, ENGINES))
+        check_engine(self.engine, self.format)
         if self.precision not in ("auto", *PRECISIONS):
             raise ConfigError(unknown("precision", self.precision, ("auto", *PRECISIONS)))
+
+
+def check_engine(engine: str | None, form: str | None) -> None:
+    """Refuse names of engines and formats that there are not, and formats that the engine does not load.
+
+    Raises:
+        ConfigError: with what there is.
+    """
+    known = [name for name in engines() if name != ANY]
+    if engine is not None and engine not in known:
+        raise ConfigError(unknown("engine", engine, known))
+    if form is not None and form not in FORMATS:
+        raise ConfigError(unknown("format", form, FORMATS))
+    loads = engines()[engine or ANY].formats
+    if form is not None and form not in loads:
+        raise ConfigError(f"--format is {form}, and --for {engine} loads {', '.join(loads)}. Choose one of these.")
 
 
 def resolve_recipe(
     recipe: str | Recipe,
     *,
+    engine: str | None = None,
+    form: str | None = None,
     bits: int | float | None = None,
     size: int | None = None,
     fits: int | None = None,
@@ -115,7 +142,9 @@ def resolve_recipe(
 
     Args:
         recipe: name of a preset, path of a .yaml file, or a recipe.
-        bits: of one code; where bits are allocated, the average that is stored for a weight.
+        engine: that will run the result; a preset takes what suits it where nothing else is said.
+        form: name of the format of the result, if it was asked for.
+        bits: of one code; where bits are allocated, and for the types of GGUF, the average that is stored for a weight.
         size: bytes of the folder, in which bits are allocated.
         fits: bytes of memory for weights, cache and activations, in which bits are allocated.
         context: tokens that the cache must hold then.
@@ -126,24 +155,42 @@ def resolve_recipe(
     Raises:
         ConfigError: an unknown name or a value that does not fit.
     """
+    check_engine(engine, form)
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = dict(settings or {})
+    if isinstance(recipe, str) and recipe in presets():
+        changes = {**_suited(chosen, engine, form, changes), **changes}
+    kind = changes.get("grid.kind", chosen.grid.get("kind"))
     budgets = {"size": size, "fits": fits, "tokens_per_second": tokens_per_second}
     given = {f"allocation.{name}": value for name, value in budgets.items() if value is not None}
     if given:
         changes |= {"allocation.kind": "knapsack", **given}
     if context is not None:
         changes["allocation.context"] = context
+    if bits is not None and kind == "gguf":
+        changes["allocation.kind"] = "knapsack"
     if bits is not None and "knapsack" in (chosen.allocation["kind"], changes.get("allocation.kind")):
         changes["allocation.bits"] = bits
     elif bits is not None:
-        whole = chosen.grid.get("kind") in WHOLE_BITS
+        whole = kind in WHOLE_BITS
         if whole and not float(bits).is_integer():
             near = f"Use --bits {int(bits)} or --bits {int(bits) + 1}" if 2 <= bits < 8 else "Use --bits 2 to 8"
-            raise ConfigError(f"--bits is {bits:g}; grid {chosen.grid.get('kind')!r} stores whole bits. {near}.")
+            raise ConfigError(f"--bits is {bits:g}; grid {kind!r} stores whole bits. {near}.")
         changes["grid.bits"] = int(bits) if whole else float(bits)
     changed = chosen.with_settings(changes)
     return changed.with_rules([Rule(match=pattern, keep=True) for pattern in keep])
+
+
+def _suited(preset: Recipe, engine: str | None, form: str | None, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine wants of a preset of integers, where it was not asked for something else."""
+    if preset.grid.get("kind") != "uniform" or "grid.kind" in asked or (engine is None and form is None):
+        return {}
+    loading = engines()[engine or ANY]
+    defaults = dict(loading.defaults.get(form or loading.formats[0], {}))
+    if "grid.kind" in defaults:  # what the other grid has too stays
+        known = fields_of(GRIDS[defaults["grid.kind"]])
+        defaults |= {f"grid.{name}": value for name, value in preset.grid.items() if name in known}
+    return defaults
 
 
 def resolve_device(name: str) -> str:

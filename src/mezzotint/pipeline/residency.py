@@ -90,8 +90,13 @@ class Store:
         value = torch.empty(shape, dtype=dtype)
         view = value.flatten().view(torch.uint8).numpy().data
         done = 0
-        while done < len(view):
-            done += os.preadv(self._file, [view[done:]], place.offset + done)
+        while done < len(view) and (count := os.preadv(self._file, [view[done:]], place.offset + done)):
+            done += count
+        if done < len(view):
+            raise WriteError(
+                f"activations spilled into {str(self._folder)!r} are lost: {len(view)} bytes were written, {done} are "
+                "there. Look after the disk, and run the same command with --resume."
+            )
         return value.to(device)
 
     def pop(self, index: int) -> Tensor:

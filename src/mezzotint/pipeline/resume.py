@@ -20,6 +20,7 @@ from mezzotint.errors import ConfigError, WriteError
 from mezzotint.formats.folder import write_json
 from mezzotint.models import Source
 from mezzotint.pipeline.plan import Planned
+from mezzotint.pipeline.ranks import ALONE, Ranks
 from mezzotint.pipeline.saved import Index, Saved, damaged, save
 from mezzotint.pipeline.solve import MatrixRecord
 from mezzotint.pipeline.sweep import BlockRecord
@@ -38,10 +39,13 @@ class Work:
     The state is replaced by one rename and holds checksums of everything it names, so that it is as of some moment,
     whatever happens afterwards: what is behind that moment in the log and in the journal of the tensors is cut off.
 
+    The first rank writes; the others know what it knows.
+
     Args:
         folder: of the unfinished output.
-        identity: what determines the result, see `identity_of`.
+        identity: what determines the result, see `identity_of`; the first rank's counts.
         resume: continue from the state that lies there, if there is one.
+        ranks: that share the run.
 
     Attributes:
         block: the first that is not finished; one past the last where only the head is missing, two where nothing is.
@@ -54,19 +58,25 @@ class Work:
         OutputError: the state is damaged.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any] | None, *, resume: bool, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.folder = folder / WORK
         self.block = 0
         self.records: list[MatrixRecord | BlockRecord] = []
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}
         self._state: dict[str, Any] = {
-            "identity": dict(identity),
+            "identity": identity,
             "windows": None,
             "streams": [],
             "values": [],
             "adapter": [],
         }
         self._log_checksum = 0
+        self.resumed = False
+        if ranks.first:
+            self._open(folder, identity or {}, resume=resume)
+
+    def _open(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
         self.resumed = resume and (self.folder / STATE).is_file()
         if self.resumed:
             self._load(identity)
@@ -74,6 +84,22 @@ class Work:
             shutil.rmtree(folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             (self.folder / LOG).touch()
+
+    def tell(self) -> None:
+        """Let all ranks know where the run stands.
+
+        Raises:
+            ConfigError: a rank does not see the folder.
+        """
+        self.resumed, self._state, self.block, self.spent = self.ranks.told(
+            [self.resumed, self._state, self.block, self.spent]
+        )
+        blind = [number for number, seen in enumerate(self.ranks.each(self.folder.is_dir())) if not seen]
+        if blind:
+            raise ConfigError(
+                f"rank {blind[0]} does not see {self.folder.parent}, where the state of the run is kept. Choose an "
+                "--out on a file system that all hosts share."
+            )
 
     @property
     def journal_bytes(self) -> int | None:
@@ -121,12 +147,14 @@ class Work:
 
     def begin(self) -> None:
         """Forget what was logged behind the state: from here on there is something to add."""
-        if self.resumed:
+        if self.resumed and self.ranks.first:
             os.truncate(self.folder / LOG, self._state["log"][0])
             self.log("resumed", block=self.block, groups=len(self.groups))
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line for people and programs that watch."""
+        if not self.ranks.first:
+            return
         line = (json.dumps({"event": event, **values}) + "\n").encode()
         with (self.folder / LOG).open("ab") as file:
             file.write(line)
@@ -148,6 +176,9 @@ class Work:
         Raises:
             WriteError: the disk is full; the state before stays.
         """
+        if not self.ranks.first:
+            self.block = block
+            return
         try:
             with (self.folder / LOG).open("ab") as file:
                 os.fsync(file.fileno())
@@ -195,13 +226,15 @@ class Work:
 class Keeper:
     """Decides when a sweep's state is saved: after every block and group, unless that would take too much of the time.
 
+    The first rank decides, and all of them save the hidden states that they have.
+
     Args:
         work: the folder.
         journal: records the finished tensors durably and gives the journal's length; None while some wait to be
             written together with others.
         streams: writes the hidden states to a file of that path.
         adapter: low-rank compensations so far, where there are any.
-        spent: seconds, processor and memory so far.
+        spent: seconds, processor and memory so far, of all ranks.
     """
 
     def __init__(
@@ -215,6 +248,7 @@ class Keeper:
     ) -> None:
         self.block = work.block
         self._work = work
+        self._ranks = work.ranks
         self._journal = journal
         self._streams = streams
         self._adapter = adapter
@@ -236,13 +270,16 @@ class Keeper:
             streams: the hidden states are still needed.
             last: everything is finished.
         """
-        if not (last or self._due("border")):
+        if not self._ranks.told(last or self._due("border")):
             return
         started = time.perf_counter()
-        journal = self._journal()
+        journal = self._ranks.told(self._journal())
         if journal is None:
             return
-        indices = [self._streams(self._work.folder / f"streams-{block:05}.bin")] if streams and self._streams else []
+        indices = []
+        if streams and self._streams:
+            name = f"streams-{block:05}" + ("" if self._ranks.first else f"-{self._ranks.number}")
+            indices = self._ranks.each(self._streams(self._work.folder / f"{name}.bin"))
         self._indices = []
         self._work.commit(block, journal_bytes=journal, streams=indices, values=[], **self._others(block))
         self._done("border", started)
@@ -256,22 +293,22 @@ class Keeper:
             weights: of a group, dense, by name.
         """
         # without the hidden states before the block nothing could be continued inside it
-        if self._work.block != block or not self._due("group"):
+        if not self._ranks.told(self._work.block == block and self._due("group")):
             return
         started = time.perf_counter()
-        journal = self._journal()
+        journal = self._ranks.told(self._journal())
         if journal is None:
             return
         for group in range(len(self._indices), count):
             path = self._work.folder / f"values-{block:05}-{group}.bin"
-            self._indices.append(save(path, weights(group)))
+            self._indices.append(self._ranks.told(save(path, weights(group)) if self._ranks.first else None))
         self._work.commit(block, journal_bytes=journal, values=[*self._indices], **self._others(block))
         self._done("group", started)
 
     def _others(self, block: int) -> dict[str, Any]:
         """What every state has."""
         path = self._work.folder / f"adapter-{block:05}-{len(self._indices)}.bin"
-        adapter = [] if self._adapter is None else [save(path, self._adapter())]
+        adapter = [save(path, self._adapter())] if self._adapter is not None and self._ranks.first else []
         return {"adapter": adapter, "spent": dict(self._spent())}
 
     def _due(self, kind: str) -> bool:

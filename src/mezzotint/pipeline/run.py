@@ -4,20 +4,25 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mezzotint.calibration import Windows
-from mezzotint.errors import MezzotintError, RunError, WriteError
+from mezzotint.errors import ConfigError, MezzotintError, RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import FOLDER, Adapter
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.memory import return_freed_memory
-from mezzotint.pipeline.output import Output
+from mezzotint.pipeline.output import Elsewhere, Output
+from mezzotint.pipeline.parts import settings_of
 from mezzotint.pipeline.plan import Planned, make_plan
+from mezzotint.pipeline.ranks import ALONE, Ranks
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report, peak_rss_bytes, read_report, rss_bytes
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.resume import WORK, Keeper, Work, identity_of
@@ -53,7 +58,14 @@ def plan(request: Request) -> Planned:
     return make_plan(open_original(request.model, trust_remote_code=request.trust_remote_code), request)
 
 
-def quantize(request: Request, out: Path, listener: Listener | None = None, *, resume: bool = False) -> dict[str, Any]:
+def quantize(
+    request: Request,
+    out: Path,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
     """Quantize a model folder into ``out`` and return the report.
 
     Everything happens in ``out.partial``; the folder gets its name by one rename when it is complete. Where a run fails
@@ -62,37 +74,58 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
     Args:
         request: what is asked for.
         out: folder to make; it must not exist, or be empty.
-        listener: told of progress; what it raises stops the run.
+        listener: told of progress on the first rank; what it raises stops the run.
         resume: continue the work that lies in ``out.partial``; without any, start.
+        ranks: that share the work; the first one checks, writes and tells.
 
     Raises:
         MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
     """
     clock = _Clock()
-    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
-    planned = make_plan(source, request)
-    if not out.with_name(out.name + ".partial").exists():
-        check_space(out, planned.plan.bytes * planned.form.copies)
-    folder = OutputFolder(out, resume=resume)
-    work = Work(folder.partial, identity_of(source, planned), resume=resume)
+    with ranks.first_ahead():
+        source = open_original(request.model, trust_remote_code=request.trust_remote_code)
+        planned = make_plan(source, replace(request, ranks=ranks.size))
+        _check_shared(planned, ranks)
+        partial = out.absolute().with_name(out.name + ".partial")
+        folder, identity = None, None
+        if ranks.first:
+            if not partial.exists():
+                check_space(out, planned.plan.bytes * planned.form.copies)
+            folder, identity = OutputFolder(out, resume=resume), identity_of(source, planned)
+        work = Work(partial, identity, resume=resume, ranks=ranks)
     if request.memory is not None:
         return_freed_memory()
     run = _Run(source, planned, work, clock, listener or (lambda _: None))
     try:
+        work.tell()
         report = run.work()
     except BaseException as error:
         at_fault = isinstance(error, MezzotintError) and not isinstance(error, RunError)
         if work.resumed or (run.begun and not at_fault):
-            error.add_note(f"The work so far lies in {folder.partial}; the same command with --resume continues it.")
-        else:  # nothing that is left could be continued, and it must not look like a model
-            shutil.rmtree(folder.partial, ignore_errors=True)
+            error.add_note(f"The work so far lies in {partial}; the same command with --resume continues it.")
+        elif ranks.first:  # nothing that is left could be continued, and it must not look like a model
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    try:
-        folder.finish()
-    except OSError as error:  # the result is complete, and stays where the message says
-        raise WriteError(str(error)) from error
-    shutil.rmtree(folder.path / WORK)
-    return {"out": str(out), **report}
+    if folder is not None:
+        try:
+            folder.finish()
+        except OSError as error:  # the result is complete, and stays where the message says
+            raise WriteError(str(error)) from error
+        shutil.rmtree(folder.path / WORK)
+    return ranks.told({"out": str(out), **report})
+
+
+def _check_shared(planned: Planned, ranks: Ranks) -> None:
+    """Refuse what one process alone can do so far.
+
+    Raises:
+        ConfigError: says what, and how it can be done.
+    """
+    if ranks.size > 1 and settings_of(planned.plan.entries) is not None:
+        raise ConfigError(
+            f"submodules are optimised by one process, and torchrun started {ranks.size}. Run the same command without "
+            "torchrun, or with --set submodules.kind=none."
+        )
 
 
 class _Clock:
@@ -113,12 +146,12 @@ class _Clock:
         """Up to the last mark."""
         return self._marked - self._started
 
-    def spent(self, before: Mapping[str, float]) -> dict[str, float]:
-        """Everything up to now, with what earlier processes spent."""
+    def spent(self) -> dict[str, float]:
+        """Everything up to now."""
         return {
-            "seconds": before["seconds"] + time.perf_counter() - self._started,
-            "cpu_seconds": before["cpu_seconds"] + cpu_seconds() - self._cpu_started,
-            "peak_rss_bytes": max(before["peak_rss_bytes"], peak_rss_bytes()),
+            "seconds": time.perf_counter() - self._started,
+            "cpu_seconds": cpu_seconds() - self._cpu_started,
+            "peak_rss_bytes": peak_rss_bytes(),
         }
 
 
@@ -134,39 +167,30 @@ class _Run:
         self._planned = planned
         self._folder = work.folder.parent
         self._work = work
+        self._ranks = work.ranks
         self._clock = clock
-        self._tell = tell
+        self._others: list[Mapping[str, float]] = []
+        self._tell = tell if work.ranks.first else lambda _: None
         self.begun = False
 
     def work(self) -> dict[str, Any]:
-        """Fill the unfinished folder; gives the report."""
+        """Fill the unfinished folder; gives the report, on the first rank."""
         if self._work.complete:  # and only the rename is missing
-            return read_report(self._folder)
+            return read_report(self._folder) if self._ranks.first else {}
         resumed, journal_bytes = self._work.resumed, self._work.journal_bytes
         self._clock.mark("plan")
         windows = self._windows()
-        output = Output(self._source, self._planned, self._folder, resume=resumed, journal_bytes=journal_bytes)
+        output: Output | Elsewhere = Elsewhere()
+        if self._ranks.first:
+            output = Output(self._source, self._planned, self._folder, resume=resumed, journal_bytes=journal_bytes)
         try:
             self._begin(output)
             streams = self._streams(windows)
             self._clock.mark("calibration")
             adapter = _adapter(self._planned, self._work)
             self._sweep(streams, output, adapter)
-            if adapter is not None:
-                adapter.write(self._folder / FOLDER, self._source.folder.name)
-            output.copy_rest()
-            output.close()
-            write_json(self._folder / "config.json", self._config())
-            trusted = self._planned.request.trust_remote_code
-            copy_companions(self._source.folder, self._folder, trusted=trusted)
-            size = self._planned.form.finish(
-                self._folder, self._source.config.to_dict(), self._planned.plan, self._source.map
-            )
-            self._clock.mark("sweep")
-            report = self._report(size)
-            write_json(self._folder / REPORT_NAME, report)
-            write_card(self._folder, self._source.folder)
-            self._work.commit(self._work.block, complete=True)
+            self._meet()
+            report = self._finished(output, adapter) if isinstance(output, Output) else {}
         except OSError as error:
             if isinstance(error, RunError):
                 raise
@@ -176,11 +200,36 @@ class _Run:
             output.release()
         return report
 
+    def _finished(self, output: Output, adapter: Adapter | None) -> dict[str, Any]:
+        """Write what comes behind the quantized matrices; gives the report."""
+        if adapter is not None:
+            adapter.write(self._folder / FOLDER, self._source.folder.name)
+        output.copy_rest()
+        output.close()
+        write_json(self._folder / "config.json", self._config())
+        trusted = self._planned.request.trust_remote_code
+        copy_companions(self._source.folder, self._folder, trusted=trusted)
+        size = self._planned.form.finish(
+            self._folder, self._source.config.to_dict(), self._planned.plan, self._source.map
+        )
+        self._clock.mark("sweep")
+        report = self._report(size)
+        write_json(self._folder / REPORT_NAME, report)
+        write_card(self._folder, self._source.folder)
+        self._work.commit(self._work.block, complete=True)
+        return report
+
     def _windows(self) -> Windows | None:
-        """The calibration text: that of the earlier process where it was sampled, else read, and compared with it."""
-        calibration, kept = self._planned.calibration, self._work.windows
-        if calibration is None:
+        """The calibration text, which the first rank reads or samples for all."""
+        if self._planned.calibration is None:
             return None
+        found = self._read_windows(self._planned.calibration) if self._ranks.first else None
+        given = self._ranks.given(None if found is None else _tensors_of(found))
+        return Windows(tokens=given["tokens"], mask=given.get("mask"), source=self._planned.calibration.source)
+
+    def _read_windows(self, calibration: CalibrationPlan) -> Windows:
+        """That of the earlier process where it was sampled, else read, and compared with it."""
+        kept = self._work.windows
         if kept is not None and calibration.source == "self":
             return Windows(
                 tokens=kept.read("tokens"), mask=kept.read("mask") if "mask" in kept else None, source="self"
@@ -191,8 +240,7 @@ class _Run:
             self._planned.request,
             lambda done, total: self._tell(Progress(stage="sampling", done=done, total=total)),
         )
-        mask = {} if windows.mask is None else {"mask": windows.mask}
-        self._work.keep_windows({"tokens": windows.tokens, **mask}, windows.source)
+        self._work.keep_windows(_tensors_of(windows), windows.source)
         return windows
 
     def _streams(self, windows: Windows | None) -> Streams | None:
@@ -201,25 +249,33 @@ class _Run:
         if windows is None or (self._work.block > 0 and saved is None):
             return None
         entries = self._planned.plan.entries
-        return calibrated_streams(self._source, self._planned, entries, windows, self._folder, saved=saved)
+        return calibrated_streams(
+            self._source, self._planned, entries, windows, self._folder, saved=saved, ranks=self._ranks
+        )
 
-    def _begin(self, output: Output) -> None:
+    def _begin(self, output: Output | Elsewhere) -> None:
         """From here on a run can be continued."""
         self._work.begin()
         if not self._work.resumed:
-            self._work.commit(0, journal_bytes=output.checkpoint(), spent=self._clock.spent(self._work.spent))
+            self._work.commit(0, journal_bytes=output.checkpoint(), spent=self._meet())
         self.begun = True
 
-    def _sweep(self, streams: Streams | None, output: Output, adapter: Adapter | None) -> None:
+    def _sweep(self, streams: Streams | None, output: Output | Elsewhere, adapter: Adapter | None) -> None:
         keeper = Keeper(
             self._work,
             journal=output.checkpoint,
             streams=None if streams is None else streams.save,
             adapter=None if adapter is None else adapter.named,
-            spent=lambda: self._clock.spent(self._work.spent),
+            spent=self._meet,
         )
         entries, request, notify = self._planned.plan.entries, self._planned.request, self._notifier()
-        solver = Solver({entry.matrix: entry for entry in entries}, sink=output.put, notify=notify, seed=request.seed)
+        solver = Solver(
+            {entry.matrix: entry for entry in entries},
+            sink=output.put,
+            notify=notify,
+            seed=request.seed,
+            ranks=self._ranks,
+        )
         try:
             Sweep(
                 self._source,
@@ -245,10 +301,12 @@ class _Run:
 
         def notify(record: MatrixRecord | BlockRecord) -> None:
             memory = rss_bytes()
-            elapsed = self._clock.spent(self._work.spent)["seconds"]
+            elapsed = self._spent()["seconds"]
             self._work.record(record, memory_bytes=memory, elapsed_seconds=elapsed)
             if isinstance(record, MatrixRecord):
                 names.add(record.name)
+            elif self._planned.request.memory is not None:
+                return_freed_memory()
             now = sum(sizes[name] for name in names)
             left = (time.perf_counter() - started) * (whole - now) / (now - before) if now > before else None
             self._tell(
@@ -264,6 +322,21 @@ class _Run:
 
         return notify
 
+    def _meet(self) -> dict[str, float]:
+        """What all ranks have spent up to now; all of them ask."""
+        self._others = self._ranks.each(self._clock.spent())[1:]
+        return self._spent()
+
+    def _spent(self) -> dict[str, float]:
+        """What this process has spent, and with it the others, as far as is known, and earlier ones."""
+        before, own = self._work.spent, self._clock.spent()
+        every = [before, own, *self._others]
+        return {
+            "seconds": before["seconds"] + own["seconds"],
+            "cpu_seconds": sum(one["cpu_seconds"] for one in every),
+            "peak_rss_bytes": max(one["peak_rss_bytes"] for one in every),
+        }
+
     def _report(self, output_bytes: int) -> dict[str, Any]:
         before = self._work.spent
         return full_report(
@@ -272,7 +345,8 @@ class _Run:
             output_bytes=output_bytes,
             out=self._folder.name.removesuffix(".partial"),
             original_bytes=sum(tensor.nbytes for tensor in self._source.checkpoint.tensors.values()),
-            spent={**self._clock.spent(before), "seconds": before["seconds"] + self._clock.seconds},
+            spent={**self._spent(), "seconds": before["seconds"] + self._clock.seconds},
+            by_rank=[self._clock.spent(), *self._others],
             times={**({"before": before["seconds"]} if self._work.resumed else {}), **self._clock.times},
         )
 
@@ -283,6 +357,11 @@ class _Run:
         if quantization is not None:
             config["quantization_config"] = dict(quantization)
         return config
+
+
+def _tensors_of(windows: Windows) -> dict[str, Tensor]:
+    """By name; without padding there is no mask."""
+    return {"tokens": windows.tokens, **({} if windows.mask is None else {"mask": windows.mask})}
 
 
 def _adapter(planned: Planned, work: Work) -> Adapter | None:

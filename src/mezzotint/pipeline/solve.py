@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mezzotint.core.contracts import Aim, Basis, Matrix, Quadratic, QuantizedWeight, Rounded, Transform
 from mezzotint.core.files import Entry
-from mezzotint.core.metrics import h_error
+from mezzotint.core.metrics import h_energies, relative
 from mezzotint.core.statistics import Statistics, padded
 from mezzotint.errors import MezzotintError
+from mezzotint.pipeline.ranks import ALONE, WHOLE, Ranks, Share
 from mezzotint.targets.qep import quadratic_of
 
 Sink = Callable[[Matrix, QuantizedWeight], None]
@@ -42,11 +43,16 @@ class MatrixRecord:
 
 
 class _Turned(NamedTuple):
-    """An aim, still in the original basis, the basis to round it in, and the statistics there."""
+    """An aim, still in the original basis, the basis to round it in, and the statistics there.
+
+    Attributes:
+        rows: of the matrix that the aim has.
+    """
 
     aim: Aim
     basis: Basis | None
     statistics: Statistics | None
+    rows: slice = WHOLE.rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +76,7 @@ class Solved:
 
     Attributes:
         weight: the original, ``[out, in]``; a view of the block's parameter until that is overwritten.
-        aim: in the original basis.
+        aim: in the original basis; of the rows that this process worked on.
         value: what the codes stand for.
     """
 
@@ -88,11 +94,14 @@ class Solved:
 class Solver:
     """Quantizes matrices that receive the same inputs.
 
+    Each rank rounds some rows of every matrix, and gets the others' results.
+
     Args:
         entries: what is to be done, by matrix.
         sink: takes each finished matrix.
         notify: told of every record.
         seed: of random bases.
+        ranks: that share the rows.
 
     Attributes:
         notes: what was decided before about a matrix, for its record.
@@ -105,7 +114,9 @@ class Solver:
         sink: Sink,
         notify: Callable[[MatrixRecord], None],
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._entries = entries
         self._sink = sink
         self._notify = notify
@@ -126,8 +137,9 @@ class Solver:
         used, note = trusted(weights[0][0], fit)
         known = Known(fit=fit, used=used, held_out=held_out)
         turned = self._turned(weights, used, held_out, place)
+        last = weights[-1][0]
         for matrix, weight in weights:
-            yield self._one(matrix, weight, known, turned.get(matrix.name), note)
+            yield self._one(matrix, weight, known, turned.get(matrix.name), note, last=matrix is last)
 
     def again(self, solved: Solved, aim: Tensor) -> Solved:
         """The same matrix quantized to another aim ``[out, in]``, in the same basis."""
@@ -135,20 +147,27 @@ class Solver:
         if solved.basis is not None and statistics is not None:
             statistics = solved.basis.statistics(statistics)
         turned = _Turned(Aim(matrix=aim, corrected=True), solved.basis, statistics)
-        found = self._one(solved.matrix, solved.weight, known, turned, {})
+        found = self._one(solved.matrix, solved.weight, known, turned, {}, last=True)
         return replace(found, seconds=solved.seconds + found.seconds)
 
     def deliver(self, solved: Solved) -> None:
         """Hand a matrix that will not change any more on, and tell of it."""
-        original = solved.weight.to(solved.value.dtype)
         self._sink(solved.matrix, solved.result)
+        rows = self._ranks.share(len(solved.value), 1)
+        value = solved.value[rows.rows]
+        original = solved.weight[rows.rows].to(value.dtype)
+        fit, held_out = (_gram(statistics) for statistics in (solved.known.fit, solved.known.held_out))
+        energies = [_energy(value - original), _energy(original)]
+        for gram in (fit, held_out):
+            energies += (0.0, 0.0) if gram is None else h_energies(original, value, gram)
+        energies = rows.ranks.total(*energies)
         self._notify(
             MatrixRecord(
                 name=solved.matrix.name,
-                bits_per_weight=self._entries[solved.matrix.name].bits.total / original.numel(),
-                weight_error=_energy(solved.value - original) / max(_energy(original), 1e-30),
-                h_error=_measured(original, solved.value, solved.known.fit),
-                h_error_held_out=_measured(original, solved.value, solved.known.held_out),
+                bits_per_weight=self._entries[solved.matrix.name].bits.total / solved.value.numel(),
+                weight_error=energies[0] / max(energies[1], 1e-30),
+                h_error=None if fit is None else relative(*energies[2:4]),
+                h_error_held_out=None if held_out is None else relative(*energies[4:]),
                 tokens=0.0 if solved.known.fit is None else solved.known.fit.tokens,
                 seconds=solved.seconds,
                 decisions=solved.decisions,
@@ -177,7 +196,8 @@ class Solver:
 
     def _aim(self, matrix: Matrix, weight: Tensor, used: Statistics | None, held_out: Statistics | None) -> Aim:
         try:
-            return self._entries[matrix.name].target.aim(weight, used, held_out)
+            aim = self._entries[matrix.name].target.aim(weight, used, held_out)
+            return replace(aim, quadratic=None)  # as large as the matrix, and nothing here asks for it
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -189,15 +209,27 @@ class Solver:
         known: Known,
         turned: _Turned | None,
         note: Mapping[str, float | str],
+        *,
+        last: bool,
     ) -> Solved:
         started = time.perf_counter()
-        if turned is None:
-            turned = _Turned(self._aim(matrix, weight, known.used, known.held_out), None, known.used)
         entry, judge, held_out = self._entries[matrix.name], None, known.held_out
+        share = self._share(entry, matrix)
+        if turned is None:
+            # what is decided by all rows is aimed at by all ranks, and only then divided
+            rows = WHOLE.rows if entry.target.decides or not entry.grid.rowwise else share.rows
+            used = _of_rows(known.used, rows)
+            turned = _Turned(self._aim(matrix, weight[rows], used, _of_rows(held_out, rows)), None, used, rows)
+        if last:
+            for statistics in (known.used, turned.statistics):
+                if statistics is not None:
+                    statistics.forget_ridges()  # wide ones are a large part of the memory
         if entry.refinement is not None and held_out is not None and held_out.tokens > 0:
-            judge = quadratic_of(weight.to(turned.aim.matrix.dtype), held_out)
+            own = _of_rows(held_out, share.rows)
+            assert own is not None
+            judge = quadratic_of(weight[share.rows].to(turned.aim.matrix.dtype), own)
         try:
-            result, decisions = quantized(entry, matrix.shape, turned, judge)
+            result, decisions = quantized(entry, matrix.shape, turned, judge, share)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -213,29 +245,47 @@ class Solver:
             decisions={**self.notes.get(matrix.name, {}), **note, **decisions, **turned.aim.decisions},
         )
 
+    def _share(self, entry: Entry, matrix: Matrix) -> Share:
+        """The rows of a matrix that this rank rounds."""
+        if entry.basis is not None and entry.refinement is not None:
+            return WHOLE  # what refinement is judged by, in the original basis, depends on all rows in this one
+        return self._ranks.share(matrix.shape[0], entry.grid.multiple[0] if entry.grid.pads else entry.grid.tile[0])
+
 
 def quantized(
-    entry: Entry, shape: tuple[int, int], turned: _Turned, judge: Quadratic | None
+    entry: Entry, shape: tuple[int, int], turned: _Turned, judge: Quadratic | None, share: Share
 ) -> tuple[QuantizedWeight, dict[str, float | str]]:
-    """Basis, padding, grid, rounding and refinement of one aim; what they made, and what they decided."""
-    aim, basis, statistics = turned
+    """Basis, padding, grid, rounding and refinement of one aim; what they made, and what they decided.
+
+    Args:
+        entry: settings.
+        shape: of the matrix.
+        turned: the aim, of all rows or of those of the share.
+        judge: of the rows of the share, for the refinement.
+        share: rows to round here; the others come from their ranks.
+    """
+    aim, basis, statistics, rows = turned
     if basis is not None:
-        aim = replace(aim, matrix=basis.weight(aim.matrix), quadratic=None)
+        aim = replace(aim, matrix=basis.weight(aim.matrix))
     if entry.grid.pads:
         wide, statistics = padded(aim.matrix, statistics, entry.grid.multiple)
         aim = replace(aim, matrix=wide)
 
-    def stored(rounded: Rounded) -> QuantizedWeight:
-        return QuantizedWeight(shape=shape, code=rounded.code, grid=rounded.grid, basis=basis)
+    def loss(found: Rounded) -> float:
+        assert judge is not None
+        part = QuantizedWeight(shape=(len(judge.cross), shape[1]), code=found.code, grid=found.grid, basis=basis)
+        return share.ranks.total(float(judge.value(part.dense(judge.cross.dtype)).sum()))[0]
 
-    rounded = entry.rounding.round(aim, entry.grid.fit(aim.matrix, statistics and statistics.importance), statistics)
+    grid = entry.grid.fit(aim.matrix, statistics and statistics.importance)
+    if rows != share.rows:
+        grid, statistics = grid.take_rows(share.rows), _of_rows(statistics, share.rows)
+        aim = replace(aim, matrix=aim.matrix[share.rows])
+    rounded = entry.rounding.round(aim, grid, statistics)
     decisions = dict(rounded.decisions)
     if entry.refinement is not None and statistics is not None:
-        losses = None
-        if judge is not None:
-            losses = lambda found: float(judge.value(stored(found).dense(judge.cross.dtype)).sum())  # noqa: E731
-        rounded, decisions["refinement"] = refined(entry, rounded, aim, statistics, losses)
-    return stored(rounded), decisions
+        rounded, decisions["refinement"] = refined(entry, rounded, aim, statistics, loss if judge else None)
+    code, whole = rounded.grid.join_rows(rounded.code, share.ranks.joined)
+    return QuantizedWeight(shape=shape, code=code, grid=whole, basis=basis), decisions
 
 
 def trusted(matrix: Matrix, fit: Statistics | None) -> tuple[Statistics | None, dict[str, float | str]]:
@@ -278,6 +328,13 @@ def _energy(values: Tensor) -> float:
     return float(flat @ flat)
 
 
-def _measured(weight: Tensor, value: Tensor, statistics: Statistics | None) -> float | None:
-    """``h_error`` where there were inputs to measure it on."""
-    return h_error(weight, value, statistics.gram) if statistics is not None and statistics.tokens > 0 else None
+def _gram(statistics: Statistics | None) -> Tensor | None:
+    """What to measure errors by, where there were inputs."""
+    return statistics.gram if statistics is not None and statistics.tokens > 0 else None
+
+
+def _of_rows(statistics: Statistics | None, rows: slice) -> Statistics | None:
+    """Statistics for some rows of a matrix; the same ones, with the factors they have, where all rows share them."""
+    if statistics is None or statistics.residual is None or rows == WHOLE.rows:
+        return statistics
+    return replace(statistics, residual=statistics.residual[rows])

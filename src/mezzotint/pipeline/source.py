@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 
 from mezzotint.errors import ModelError
 from mezzotint.formats import gguf
-from mezzotint.formats.decoded import packed_weights
+from mezzotint.formats.checksums import checked
+from mezzotint.formats.decoded import PackedWeight, packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
 from mezzotint.models.checkpoint import TensorInfo
 
@@ -50,16 +51,34 @@ def open_source(model: Path, *, trust_remote_code: bool = False) -> Source:
     Raises:
         ModelError: it cannot be used.
     """
+    return open_packed(model, trust_remote_code=trust_remote_code)[0]
+
+
+def open_packed(model: Path, *, trust_remote_code: bool = False) -> tuple[Source, Mapping[str, PackedWeight]]:
+    """A model as a source of dense parameters, and its packed weights by the names of these; of GGUF files none.
+
+    Raises:
+        ModelError: it cannot be used.
+        FormatError: the packing is not one that can be read.
+    """
     file = model if model.suffix == ".gguf" and model.is_file() else model / gguf.FILE
     if file.is_file():
-        folder = file.parent
-        return open_model(
-            folder,
-            trust_remote_code=trust_remote_code,
-            read=lambda config: of_gguf(file, config.to_dict()),
+        return (
+            open_model(
+                file.parent,
+                trust_remote_code=trust_remote_code,
+                read=lambda config: of_gguf(file, config.to_dict()),
+            ),
+            {},
         )
+    packed: dict[str, PackedWeight] = {}
+
+    def decode(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
+        packed.update(packed_weights(quantization, checkpoint.tensors, checked(checkpoint.folder, checkpoint.read)))
+        return decoded(checkpoint, packed)
+
     folder = local_folder(model, trust_remote_code=trust_remote_code)
-    return open_model(folder, trust_remote_code=trust_remote_code, decode=decoded)
+    return open_model(folder, trust_remote_code=trust_remote_code, decode=decode), packed
 
 
 def open_original(model: Path, *, trust_remote_code: bool = False) -> Source:
@@ -85,13 +104,8 @@ def of_gguf(path: Path, config: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(folder=path.parent, tensors=MappingProxyType(tensors), derived=MappingProxyType(derived))
 
 
-def decoded(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint with dense weights in the place of packed ones.
-
-    Raises:
-        FormatError: the packing is not one that can be read.
-    """
-    found = packed_weights(quantization, checkpoint.tensors, checkpoint.read)
+def decoded(checkpoint: Checkpoint, found: Mapping[str, PackedWeight]) -> Checkpoint:
+    """The checkpoint with dense weights in the place of packed ones."""
     hidden = {name for weight in found.values() for name in weight.parts}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in hidden}
     for name, weight in found.items():

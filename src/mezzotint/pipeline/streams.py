@@ -16,7 +16,8 @@ from mezzotint.core.structure import Matrix
 from mezzotint.errors import ModelError, NonFiniteError
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
-from mezzotint.pipeline.memory import BATCH_TOKENS
+from mezzotint.pipeline.memory import windows_of_batches
+from mezzotint.pipeline.ranks import ALONE, Ranks, dealt
 from mezzotint.pipeline.residency import Budget, Store
 from mezzotint.pipeline.saved import Index, Saved, save
 
@@ -36,11 +37,12 @@ class Batch:
 
 
 def batches_of(windows: Windows, held_out: bool, first: int = 0) -> Iterator[Batch]:
-    """Batches of about `BATCH_TOKENS` tokens; ``first`` is the number of the first window."""
-    size = max(1, BATCH_TOKENS // windows.tokens.shape[1])
-    for start in range(0, windows.tokens.shape[0], size):
+    """Batches as `windows_of_batches` has them; ``first`` is the number of the first window."""
+    start = 0
+    for size in windows_of_batches(len(windows), windows.seqlen):
         mask = None if windows.mask is None else windows.mask[start : start + size]
         yield Batch(tokens=windows.tokens[start : start + size], mask=mask, held_out=held_out, first=first + start)
+        start += size
 
 
 @contextmanager
@@ -75,13 +77,20 @@ def _outside(module: nn.Module, name: str, paths: Sequence[str]) -> Iterator[tup
         yield from _outside(child, f"{name}.{child_name}".lstrip("."), paths)
 
 
+def summed(ranks: Ranks, sums: Accumulator) -> Statistics:
+    """What all ranks have summed, each over its own batches."""
+    (sums.tokens,) = ranks.total(sums.tokens)
+    ranks.add_(sums.tensors)
+    return sums.finish()
+
+
 def _rows(saved: Saved, name: str, batch: Batch) -> Tensor:
     """Saved hidden states of a batch."""
     return torch.stack([saved.read(f"{name}.{batch.first + row}") for row in range(len(batch.tokens))])
 
 
 class Streams:
-    """Both streams over all batches.
+    """Both streams over the batches of this rank.
 
     The full-precision stream of the windows that statistics are fitted on is carried only where something needs it
     (``drift``); that of the held-out windows always, for the block errors.
@@ -96,7 +105,12 @@ class Streams:
         keep_runs: batches may wait inside a block.
         dtype: of hidden states.
         precision: of matrix products in blocks and sums, see `products_in`.
-        saved: hidden states to start from, of an earlier `save`; None starts from the tokens.
+        saved: hidden states to start from, of an earlier `save` on every rank; None starts from the tokens.
+        ranks: that share the batches.
+
+    Attributes:
+        batches: of this rank.
+        ranks: that have the others.
     """
 
     def __init__(
@@ -113,10 +127,14 @@ class Streams:
         dtype: torch.dtype = torch.float32,
         precision: str = "float32",
         saved: Saved | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.dtype = dtype
+        self.ranks = ranks
         self._precision = precision
-        self.batches = [*batches_of(fit, False), *batches_of(held_out, True, len(fit))]
+        whole = [*batches_of(fit, False), *batches_of(held_out, True, len(fit))]
+        own = dealt([len(batch.tokens) for batch in whole], ranks.size)[ranks.number]
+        self.batches = [whole[index] for index in own]
         self._source = source
         self._keep_runs = keep_runs
         self._device = device
@@ -249,6 +267,7 @@ class Streams:
             error += float((output - reference)[real].double().square().sum())
             signal += float(reference[real].double().square().sum())
             count += reference[real].numel()
+        error, signal, count = self.ranks.total(error, signal, count)
         return error / count, signal / count
 
     def head_statistics(self, needs: frozenset[str]) -> tuple[Statistics, Statistics]:
@@ -258,18 +277,18 @@ class Streams:
         module = self._source.skeleton.get_submodule(path) if norm is not None else nn.Identity()
         if norm is not None:
             materialize(module, path, self._source.checkpoint, dtype=self.dtype, device=self._device)
-        sums: dict[bool, Accumulator] = {}
+        width = self._source.config.get_text_config().hidden_size
+        sums = [Accumulator(width, needs - {"residual"}, device=self._device) for _ in (False, True)]
         for index, batch in enumerate(self.batches):
             with torch.no_grad():
                 hidden = module(self._quantized.get(index)).flatten(0, -2)
                 original = module(self._original.get(index)).flatten(0, -2) if "drift" in needs else None
             weights = None if batch.mask is None else batch.mask.flatten().to(hidden)
-            if batch.held_out not in sums:
-                sums[batch.held_out] = Accumulator(hidden.shape[1], needs - {"residual"}, device=self._device)
             sums[batch.held_out].add(hidden, original=original, weights=weights)
         if norm is not None:
             dematerialize(module)
-        return sums[False].finish(), sums[True].finish()
+        fit, held_out = (summed(self.ranks, one) for one in sums)
+        return fit, held_out
 
     def close(self) -> None:
         """Free memory and files."""

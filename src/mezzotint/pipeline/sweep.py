@@ -20,7 +20,7 @@ from mezzotint.pipeline.folding import Folding
 from mezzotint.pipeline.parts import active_parts, settings_of
 from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.solve import MatrixRecord, Solver
-from mezzotint.pipeline.streams import Streams
+from mezzotint.pipeline.streams import Streams, summed
 from mezzotint.pipeline.tokens import Compared, aligned, normed, token_weights
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ class Sweep:
                     residual=compared.residual,
                     weights=token_weights(batch.mask, inputs),
                 )
-        finished = {key: value.finish() for key, value in sums.items()}
+        finished = {key: summed(streams.ranks, value) for key, value in sums.items()}
         for (expert, _), value in finished.items():
             if not torch.isfinite(value.gram.diagonal()).all():
                 name = next(m.name for m in matrices if m.expert == expert)

@@ -1,0 +1,285 @@
+"""From one packed format to another: the same codes and scales, or a refusal that says why not."""
+
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.core.contracts import Matrix, QuantizedWeight
+from mezzotint.core.files import Entry, Format, Plan, TensorSpec
+from mezzotint.errors import ConfigError, FormatError, OutputError, WriteError
+from mezzotint.formats.decoded import PackedWeight
+from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
+from mezzotint.formats.gguf import FILE
+from mezzotint.formats.loading import ANY, engines
+from mezzotint.formats.shards import ShardWriter
+from mezzotint.models import Source
+from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.plan import matrices_in_order, stored_bits
+from mezzotint.pipeline.report import REPORT_NAME, read_report
+from mezzotint.pipeline.request import check_engine
+from mezzotint.pipeline.source import open_packed
+from mezzotint.registry import FORMATS, ROUNDINGS, TARGETS
+
+MARK = "mezzotint.convert.json"  # in unfinished work: what is being made of what
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Conversion:
+    """What is converted, checked.
+
+    Attributes:
+        packed: weights of the source by matrix.
+        dtype: of the model's dense tensors.
+    """
+
+    source: Source
+    packed: Mapping[str, PackedWeight]
+    form: Format
+    plan: Plan
+    specs: tuple[TensorSpec, ...]
+    dtype: torch.dtype
+
+
+def convert(
+    folder: Path,
+    out: Path,
+    form: str,
+    *,
+    engine: str | None = None,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    step: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Write a quantized folder in another format: codes, scales and zero points stay what they are, bit for bit.
+
+    Dense folders hold the values that the codes stand for, rounded to the model's dtype. Everything happens in
+    ``out.partial``, which gets its name by one rename.
+
+    Args:
+        folder: that was quantized.
+        out: folder to make; it must not exist, or be empty.
+        form: name of the format.
+        engine: that will run the result; None asks for what most load.
+        resume: take the place of an interrupted conversion of the same folder, from its start.
+        trust_remote_code: run Python code from the folder.
+        step: told of matrices done.
+
+    Returns:
+        ``out``, ``from``, ``format``, ``seconds``, ``output_bytes``, ``matrices``.
+
+    Raises:
+        ConfigError: an unknown format or engine, or nothing to convert.
+        FormatError: the format cannot hold a matrix, or the engine cannot load it; a tensor is damaged.
+        OutputError: the place is taken, or the disk is full.
+    """
+    started = time.perf_counter()
+    check_engine(engine, form)
+    made = _planned(folder, form, engine, trust_remote_code=trust_remote_code)
+    check_space(out, made.plan.bytes * made.form.copies)
+    place = OutputFolder(out, resume=resume)
+    _mark(place, {"folder": str(folder.absolute()), "format": form, "engine": engine})
+    before = _format_of(folder)
+    try:
+        size = _write(made, place.partial, trust_remote_code=trust_remote_code, step=step)
+        report = _report(folder, made, before=before, size=size, out=out.name)
+        if report is not None:
+            write_json(place.partial / REPORT_NAME, report)
+            write_card(place.partial, folder)
+        (place.partial / MARK).unlink()
+        place.finish()
+    except BaseException as error:
+        if place.partial.exists():  # nothing in it is worth keeping: it takes seconds to make
+            shutil.rmtree(place.partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise WriteError(str(error)) from error
+        raise
+    return {
+        "out": str(out),
+        "from": before,
+        "format": form,
+        "seconds": time.perf_counter() - started,
+        "output_bytes": size,
+        "matrices": len(made.plan.entries),
+    }
+
+
+def _planned(folder: Path, name: str, engine: str | None, *, trust_remote_code: bool) -> _Conversion:
+    """Everything that can be decided from headers."""
+    source, packed = open_packed(folder, trust_remote_code=trust_remote_code)
+    if not packed and not source.checkpoint.checkpoint.derived:
+        raise ConfigError(
+            f"{str(folder)!r} holds no packed weights, so there is nothing to convert. Quantize it: mezzotint quantize."
+        )
+    if not packed and name != "dense":
+        raise FormatError(
+            f"{str(folder)!r} is a GGUF file, whose blocks no other format holds: it converts to dense only. Quantize "
+            f"the original again: --format {name}."
+        )
+    form: Format = FORMATS[name]()
+    loading = engines()[engine or ANY]
+    dtype = _dtype(source, packed)
+    owners = _matrices(source, packed)
+    entries = []
+    for block, matrix in matrices_in_order(source):
+        if matrix.name not in owners:
+            continue
+        found = owners[matrix.name]
+        entry = Entry(
+            matrix=matrix.name,
+            block=None if block is None else block.index,
+            target=TARGETS["weight"](),
+            transform=found.transform,
+            grid=found.grid,
+            rounding=ROUNDINGS["nearest"](),
+            refinement=None,
+            bits=found.grid.stored_bits(matrix.shape),  # the rest depends on the format
+            because=f"converted from {folder.name}",
+        )
+        refusal = form.refuses(entry, matrix) or loading.refuses(
+            name, entry, matrix, head=matrix.name == source.map.head
+        )
+        if refusal is not None:
+            raise FormatError(f"{matrix.name} cannot be converted to {name} without loss: {refusal}")
+        entries.append(replace(entry, bits=stored_bits(form, matrix, entry.grid, entry.basis)))
+    form.check_source(source.folder, source.config.to_dict(), list(source.checkpoint.tensors))
+    specs = _specs(source, form, entries, dtype)
+    plan = Plan(
+        entries=tuple(entries),
+        kept={},
+        format=name,
+        engine=engine,
+        bytes=sum(spec.nbytes for spec in specs),
+        peak_memory_bytes=0,
+        fingerprint="",
+    )
+    for refusal in (*form.refuses_plan(plan, source.map), *loading.refuses_plan(plan, source.map)):
+        raise FormatError(f"{folder.name} cannot be converted to {name}: {refusal}")
+    return _Conversion(source=source, packed=owners, form=form, plan=plan, specs=specs, dtype=dtype)
+
+
+def _dtype(source: Source, packed: Mapping[str, PackedWeight]) -> torch.dtype:
+    """Of the model's dense tensors: what its configuration says, or else what its scales have."""
+    told = getattr(source.config, "dtype", None)
+    if told is None:
+        return next((weight.dtype for weight in packed.values()), torch.float32)
+    return told if isinstance(told, torch.dtype) else getattr(torch, str(told).removeprefix("torch."))
+
+
+def _matrices(source: Source, packed: Mapping[str, PackedWeight]) -> dict[str, PackedWeight]:
+    """Packed weights by the canonical name of their matrix."""
+    owners = {
+        matrix.sources[0]: matrix
+        for matrix in source.map.matrices.values()
+        if len(matrix.sources) == 1 and matrix.expert is None and matrix.tied_to is None
+    }
+    for name in packed:
+        if name not in owners:
+            raise FormatError(f"{name} is packed, and no matrix of the model is stored so; it cannot be converted.")
+    return {owners[name].name: weight for name, weight in packed.items()}
+
+
+def _specs(source: Source, form: Format, entries: list[Entry], dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    """The tensors of the result, in the order of the source's."""
+    packed: dict[str, tuple[TensorSpec, ...]] = {}
+    for entry in entries:
+        matrix = source.map.matrices[entry.matrix]
+        packed[matrix.sources[0]] = form.specs(matrix, entry.grid, dtype, entry.transform)
+    derived = source.checkpoint.checkpoint.derived
+    specs: list[TensorSpec] = []
+    for name, info in source.checkpoint.tensors.items():
+        plain = TensorSpec(name, dtype if name in derived else info.dtype, tuple(info.shape))
+        specs.extend(packed.get(name, (plain,)))
+    return tuple(specs)
+
+
+def _mark(place: OutputFolder, what: Mapping[str, object]) -> None:
+    """Say in the unfinished folder what it will be; an interrupted conversion of the same is made anew."""
+    mark = place.partial / MARK
+    if place.resumed:
+        found = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
+        if found != what:
+            raise OutputError(
+                f"{place.partial} holds other unfinished work than this conversion. Remove it or choose another --out."
+            )
+        shutil.rmtree(place.partial)
+        place.partial.mkdir()
+    write_json(mark, what)
+
+
+def _write(made: _Conversion, folder: Path, *, trust_remote_code: bool, step: Callable[[int, int], None]) -> int:
+    """Fill the unfinished folder; gives the bytes of its tensors."""
+    source, plan, form = made.source, made.plan, made.form
+    with ShardWriter(folder, made.specs) as writer:
+        for done, entry in enumerate(plan.entries):
+            matrix = source.map.matrices[entry.matrix]
+            weight = made.packed[entry.matrix].weight()
+            tensors = form.tensors(matrix, weight, made.dtype)
+            if form.name != "dense":
+                _compare(form, matrix, entry, weight, tensors)
+            for name, value in tensors.items():
+                writer.put(name, value)
+            step(done + 1, len(plan.entries))
+        by_name = {spec.name: spec for spec in made.specs}
+        for name in writer.missing:
+            info = source.checkpoint.tensors[name]
+            if name in source.checkpoint.checkpoint.derived:
+                writer.put(name, source.checkpoint.checkpoint.read(name).to(by_name[name].dtype))
+            else:
+                writer.copy(name, info.path, info.offset)
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    quantization = form.config(plan, source.map)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    write_json(folder / "config.json", config)
+    copy_companions(source.folder, folder, trusted=trust_remote_code)
+    return form.finish(folder, source.config.to_dict(), plan, source.map)
+
+
+def _compare(
+    form: Format, matrix: Matrix, entry: Entry, weight: QuantizedWeight, tensors: Mapping[str, Tensor]
+) -> None:
+    """Read back what will be written: a conversion that changes a code is no conversion."""
+    again = form.weight(matrix, tensors, entry.grid, entry.transform)
+    same = torch.equal(again.code, weight.code) and again.grid.parameters.keys() == weight.grid.parameters.keys()
+    for name, value in weight.grid.parameters.items():
+        same = same and torch.equal(again.grid.parameters[name], value)
+    assert same, f"{matrix.name}: {form.name} gives back other codes or parameters"
+
+
+def _format_of(folder: Path) -> str:
+    """The format of a folder, as its configuration tells."""
+    if folder.suffix == ".gguf" or (folder / FILE).is_file():
+        return "gguf"
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return "gptq-v2" if found.get("checkpoint_format") == "gptq_v2" else found["quant_method"]
+
+
+def _report(folder: Path, made: _Conversion, *, before: str, size: int, out: str) -> dict[str, Any] | None:
+    """The source's report with what the conversion changed; None where the source has none."""
+    if not (folder / REPORT_NAME).is_file():
+        return None
+    report = read_report(folder)
+    shapes = [made.source.map.matrices[entry.matrix].shape for entry in made.plan.entries]
+    weights = sum(rows * columns for rows, columns in shapes)
+    stored = sum(entry.bits.total for entry in made.plan.entries)
+    bits = {"bits_per_weight": stored / weights} if weights else {}
+    engine = [] if made.plan.engine is None else ["--for", made.plan.engine]
+    words = ["mezzotint", "convert", folder.name, "--out", out, "--format", made.plan.format, *engine]
+    changed = {"format": made.plan.format, "engine": made.plan.engine, "bytes": made.plan.bytes, **bits}
+    return {
+        **report,
+        **bits,
+        "plan": {**report["plan"], **changed},
+        "output_bytes": size,
+        "command": f"{report['command']}\n{shlex.join(words)}",
+        "converted_from": before,
+    }
