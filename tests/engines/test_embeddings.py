@@ -32,6 +32,7 @@ KINDS = {
 }
 GRIDS = [
     UniformGrid(bits=3, group_size=16, range="error", scale_dtype="float16"),
+    UniformGrid(bits=4, group_size=None, range="error", scale_per="matrix", scale_dtype="float32"),
     LookupGrid(bits=5, group_size=None, range="rms", scale_dtype="bfloat16"),
     VectorGrid(bits=2.5, group_size=16, range="rms", scale_dtype="float32"),
     TrellisGrid(bits=2.25, window=4),

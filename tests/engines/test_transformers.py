@@ -192,6 +192,7 @@ def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         (UniformGrid(bits=3, group_size=16, range="minmax", scale_dtype="float16"), "uniform"),
         (UniformGrid(bits=4, group_size=None, range="minmax", symmetric=True, scale_dtype="float32"), "uniform"),
+        (UniformGrid(bits=3, group_size=None, range="minmax", scale_per="matrix", scale_dtype="float32"), "uniform"),
         (LookupGrid(bits=3, group_size=16, range="rms", scale_dtype="float16"), "table"),
         (LookupGrid(bits=4, table="nf4", group_size=None, range="absmax", scale_dtype="float32"), "table"),
         (VectorGrid(bits=1.5, group_size=16, range="rms", scale_dtype="bfloat16"), "table"),

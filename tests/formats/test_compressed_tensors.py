@@ -150,6 +150,15 @@ def test_per_channel_has_no_ragged_group():
     assert rule_of(replace(UNIFORM, group_size=None), matrix_of((8, 97))) is None
 
 
+def test_one_scale_for_a_matrix_is_refused_with_a_grid_that_fits():
+    grid, matrix = replace(UNIFORM, scale_per="matrix"), matrix_of((8, 64))
+    refusal = FORM.refuses(entry_of(grid, matrix), matrix)
+    assert refusal is not None
+    assert refusal.rule == "matrix-scale"
+    assert refusal.nearest == replace(grid, scale_per="row")
+    assert rule_of(refusal.nearest, matrix) is None
+
+
 def test_only_uniform_grids():
     matrix = matrix_of((8, 64))
     refusal = FORM.refuses(replace(entry_of(UNIFORM, matrix), grid=ToyVectorGrid()), matrix)

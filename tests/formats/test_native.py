@@ -32,6 +32,7 @@ NAME = "model.layers.0.mlp.up_proj"
 CASES: dict[str, tuple[Grid, tuple[int, int]]] = {
     "uniform ragged": (UniformGrid(bits=3, group_size=32, range="minmax", scale_dtype="bfloat16"), (37, 50)),
     "uniform symmetric": (UniformGrid(bits=8, group_size=None, range="minmax", symmetric=True), (16, 32)),
+    "uniform of a matrix": (UniformGrid(bits=3, range="minmax", scale_per="matrix"), (24, 42)),
     "lookup": (LookupGrid(bits=5, group_size=16, range="rms", scale_dtype="float16"), (33, 40)),
     "lookup nf4": (LookupGrid(table="nf4", group_size=None, range="absmax"), (8, 24)),
     "lookup of a matrix": (LookupGrid(bits=2, table="even", range="rms", scale_per="matrix"), (24, 42)),
@@ -41,7 +42,9 @@ CASES: dict[str, tuple[Grid, tuple[int, int]]] = {
     "gguf": (GgufGrid(type="Q4_K", range="error"), (9, 512)),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-every_basis = pytest.mark.parametrize("transform", [None, Hadamard(), Hadamard(block=4, sides="input"), Quip()])
+every_basis = pytest.mark.parametrize(
+    "transform", [None, Hadamard(), Hadamard(block=4, sides="input"), Quip(), Quip(matrices="hadamard")]
+)
 
 
 def matrix_of(shape: tuple[int, int], **changes: Any) -> Matrix:
@@ -78,15 +81,16 @@ def stored(case: str = "trellis", transform: Transform | None = None) -> tuple[d
     return json.loads(json.dumps(config)), FORM.tensors(matrix, weight, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["uniform ragged", "lookup", "lookup of a matrix", "trellis"])
-def test_the_independent_reader_in_the_basis_of_quip(case: str):
-    config, tensors = stored(case, Quip())
+@pytest.mark.parametrize("case", ["uniform ragged", "uniform of a matrix", "lookup", "lookup of a matrix", "trellis"])
+@pytest.mark.parametrize("transform", [Quip(), Quip(matrices="hadamard")])
+def test_the_independent_reader_in_the_basis_of_quip(case: str, transform: Quip):
+    config, tensors = stored(case, transform)
     inside = {name.removeprefix(f"{NAME}.weight_"): value for name, value in tensors.items()}
     values = {name: v.double().numpy() if v.is_floating_point() else v.numpy() for name, v in inside.items()}
     values["packed"] = values["packed"].view("uint32")
     (scheme,) = config["schemes"]
     expected = native_reader.decode(scheme, values)
-    _, weight = example(case, Quip())
+    _, weight = example(case, transform)
     # in float32: sums of up to 50 products, twice
     torch.testing.assert_close(weight.dense().double().numpy(), expected, rtol=0, atol=1e-5 * abs(expected).max())
 

@@ -48,6 +48,7 @@ SIZES = {
         group_size=grid.group_size,
         scale_bits=grid.storage_dtype.itemsize * 8,
         symmetric=grid.symmetric,
+        one_scale=grid.scale_per == "matrix",
     ),
     "lookup": lambda grid, shape: codebook_sizes(grid, shape, grid.bits, 1),
     "vector": lambda grid, shape: codebook_sizes(grid, shape, int(2 * grid.bits), 2),
@@ -199,7 +200,8 @@ def test_rows_are_fitted_and_taken_independently(name, data):
     part = grid.take_rows(rows)
     fitted = grid.grid.fit(problem.weight[rows], problem.statistics.importance)
     if getattr(grid.grid, "scale_per", "row") == "matrix":  # fitted on all rows, and kept by some of them
-        fitted = replace(fitted, scale=grid.scale[rows] if grid.scale.ndim == 2 else grid.scale)
+        whole = {key: value[rows] if value.ndim == 2 else value for key, value in grid.parameters.items()}
+        fitted = replace(fitted, **whole)
     Snapshot.of(part.parameters, part.affine).check(fitted.parameters, fitted.affine)
     assert part.shape == fitted.shape == tuple(problem.weight[rows].shape)
     values = drawn_values(data, problem)

@@ -27,7 +27,7 @@ def uniform_problems(group_sizes, ranges, *, most_bits, symmetric=None):
 
 
 def groups(problem):
-    """(row, group, columns) of every group."""
+    """(row, group, columns) of every group; where there is one scale, it belongs to every row."""
     rows, width = problem.weight.shape
     size = problem.grid.group_size
     for start in range(0, width, size):
@@ -77,7 +77,8 @@ def test_groups_of_zeros_and_symmetric_zero_points(problem):
     if problem.grid.grid.symmetric:
         torch.testing.assert_close(problem.grid.zero_point, torch.full_like(problem.grid.zero_point, half))
     for row, group, columns in groups(problem):
-        if not problem.weight[row, columns].any():
+        one = problem.grid.grid.scale_per == "matrix"
+        if not (problem.weight if one else problem.weight[row, columns]).any():
             assert float(problem.grid.scale[row, group]) == 1.0
 
 
@@ -124,7 +125,29 @@ def test_weighted_range_needs_statistics():
         grid.fit(torch.ones(1, 4), None)
 
 
+@given(uniform_problems([None, 5], ["minmax", "error", "weighted"], most_bits=8), st.sampled_from(["row", "matrix"]))
+def test_scales_of_rows_and_of_matrices_are_those_of_longer_groups(problem, scale_per):
+    """A row is one group, and a matrix the one group of a single long row."""
+    weight, importance = problem.weight, problem.statistics.importance
+    rows, width = weight.shape
+    grid = replace(problem.grid.grid, scale_per=scale_per, group_size=5).resolve((rows, width), weight.dtype)
+    found = grid.fit(weight, importance)
+    long = replace(grid, group_size=None, scale_per="group")
+    if scale_per == "row":
+        expected = long.fit(weight, importance)
+    else:
+        expected = long.fit(weight.reshape(1, -1), importance.repeat(rows))
+    for name, value in found.parameters.items():
+        assert value.shape == (rows, 1)
+        torch.testing.assert_close(value, expected.parameters[name].expand(rows, 1), rtol=0, atol=0)
+
+
 def test_size_of_a_known_matrix():
     grid = UniformGrid(bits=3, group_size=128, scale_dtype="bfloat16")
     # 4096 x 4096 at 3 bits; 32 groups a row with a scale of 16 bits and a zero point of 3
     assert tuple(grid.stored_bits((4096, 4096))) == (3 * 2**24, 4096 * 32 * 19)
+    # one scale of 16 bits; one zero point of 3 bits in a byte of its own
+    row, matrix = (replace(grid, scale_per=per).resolve((4096, 4096), torch.bfloat16) for per in ("row", "matrix"))
+    assert tuple(row.stored_bits((4096, 4096))) == (3 * 2**24, 4096 * (16 + 8))
+    assert tuple(matrix.stored_bits((4096, 4096))) == (3 * 2**24, 16 + 8)
+    assert tuple(replace(matrix, symmetric=True).stored_bits((4096, 4096))) == (3 * 2**24, 16)

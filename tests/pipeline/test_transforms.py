@@ -106,3 +106,13 @@ def test_refinement_works_in_the_basis_too(tmp_path: Path) -> None:
 def test_a_refinement_is_refused_where_it_does_not_serve() -> None:
     with pytest.raises(ConfigError, match="serves grids of kind uniform, not 'trellis'"):
         plan_of(TINY_LLAMA, "trellis", settings={"refinement.kind": "descent"}, engine="dense")
+    with pytest.raises(ConfigError, match="gives every row a scale of its own"):
+        plan_of(TINY_LLAMA, "default", settings={"grid.scale_per": "matrix"})
+
+
+def test_one_scale_for_a_matrix_goes_into_the_own_format() -> None:
+    settings = {"grid.scale_per": "matrix", "grid.range": "error"}
+    plan = plan_of(TINY_LLAMA, "rtn", settings=settings)
+    assert plan.plan.format == "mezzotint"
+    # a scale in the dtype of the model, a zero point in a byte, the checksum; rows fill whole words
+    assert {entry.bits.side for entry in plan.plan.entries} == {16 + 8 + 64}

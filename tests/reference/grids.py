@@ -59,13 +59,12 @@ def least_error(values, importance, bits, *, symmetric, shrink=0.8, steps=80, sp
     return min(squared_error(values, importance, scale, zero_point, bits) for scale, zero_point in pairs)
 
 
-def uniform_sizes(shape, *, bits, group_size, scale_bits, symmetric):
+def uniform_sizes(shape, *, bits, group_size, scale_bits, symmetric, one_scale=False):
     """Bits of what the uniform grid stores, counted one by one: (codes, scales, zero points and what fills up rows)."""
     rows, columns = shape
     code = sum(bits for _ in range(rows) for _ in range(columns))
-    side = 0
-    for _ in range(rows):
-        side += unfilled(columns * bits, 32)
+    side = sum(unfilled(columns * bits, 32) for _ in range(rows))
+    for _ in range(1 if one_scale else rows):
         groups = ceil(columns / (group_size or columns))
         for _ in range(groups):
             side += scale_bits

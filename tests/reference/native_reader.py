@@ -60,7 +60,8 @@ def decode(scheme: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
         return value
     if transform["kind"] == "quip":
         inner, outer = (
-            turned(n, seed) for n, seed in zip((columns, rows), tensors["basis_seed"].tolist(), strict=True)
+            turned(n, seed, transform["matrices"])
+            for n, seed in zip((columns, rows), tensors["basis_seed"].tolist(), strict=True)
         )
         return outer.T @ value @ inner / tensors["basis_input_scale"]
     assert transform["kind"] == "hadamard"
@@ -95,16 +96,22 @@ def codes(packed: np.ndarray, width: int, bits: int, count: int) -> np.ndarray:
     return code
 
 
-def turned(size: int, seed: int) -> np.ndarray:
+def turned(size: int, seed: int, matrices: str) -> np.ndarray:
     """The orthogonal matrix of a seed."""
+    draw = np.random.RandomState(seed)
+
+    def factor(n: int) -> np.ndarray:
+        q, r = np.linalg.qr(draw.standard_normal((n, n)))
+        return q * np.sign(np.diag(r))
+
     primes = [d for d in range(2, size + 1) if all(d % e for e in range(2, d))]
     found = [d for d in primes for k in range(1, size.bit_length() + 1) if size % d**k == 0]
-    draw = np.random.RandomState(seed)
-    permutation, parts = draw.permutation(size), []
-    for take in (found[::2], found[1::2]):
-        q, r = np.linalg.qr(draw.standard_normal((int(np.prod(take)),) * 2))
-        parts.append(q * np.sign(np.diag(r)))
-    return np.kron(*parts)[:, np.argsort(permutation)]
+    if matrices == "hadamard":
+        sign = np.where(draw.random_sample(size) < 0.5, -1.0, 1.0)
+        odd = int(np.prod([d for d in found if d > 2]))
+        return np.kron(factor(odd) if odd > 1 else np.eye(1), blocks(size // odd, size // odd)) * sign
+    permutation = draw.permutation(size)
+    return np.kron(*(factor(int(np.prod(take))) for take in (found[::2], found[1::2])))[:, np.argsort(permutation)]
 
 
 def gaussian(levels: int) -> list[float]:

@@ -28,6 +28,13 @@ def hadamard_sides(shape, packed, scale, limit, *, rotate_outputs):
     return left, np.diag(signs(packed, width)) @ hadamard_matrix(width, limit)
 
 
+def odd_hadamard(side, size):
+    """Signs, then a Kronecker product of an odd matrix and a Hadamard matrix, as one matrix."""
+    sign, left = (np.asarray(part) for part in side)
+    block = size // len(left)
+    return np.kron(left, hadamard_matrix(block, block)) @ np.diag(sign)
+
+
 def kronecker(side, size):
     """A permutation, then a Kronecker product, as one matrix."""
     permutation, left, right = (np.asarray(part) for part in side)

@@ -19,6 +19,11 @@ EXPECTED = (
     [[0.828826387992982, -0.5595058700018317], [0.5595058700018317, 0.8288263879929821]],
     [-0.11964908923593365, 0.7488272081753821, 0.651875684269075],
 )
+# of RandomState(2025): signs of twelve numbers, and the first row of the orthogonal matrix of size 3
+SIGNS = [-1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0]
+ODD = [0.671312910265073, -0.11879050684261262, -0.7315926407472352]
+both_kinds = pytest.mark.parametrize("matrices", ["kronecker", "hadamard"])
+TWINS = {"kronecker": twin.kronecker, "hadamard": twin.odd_hadamard}
 problems = strategies.linear_problems(dtypes=(torch.float64,))
 
 
@@ -26,11 +31,13 @@ def fit(stage, aims, statistics, seed=1):
     return stage.fit(aims, statistics, None, torch.Generator().manual_seed(seed))
 
 
-@given(problem=problems, rescale=st.booleans())
-def test_explicit_matrices(problem, rescale):
-    (basis,) = fit(Quip(rescale=rescale), [problem.aim], problem.statistics)
+@given(problem=problems, rescale=st.booleans(), matrices=st.sampled_from(["kronecker", "hadamard"]))
+def test_explicit_matrices(problem, rescale, matrices):
+    (basis,) = fit(Quip(rescale=rescale, matrices=matrices), [problem.aim], problem.statistics)
     (rows, width), scale = basis.shape, basis.input_scale.double().numpy()
-    sides = [twin.kronecker(orthogonal(n, int(s)), n) for n, s in zip((width, rows), basis.seed, strict=True)]
+    sides = [
+        TWINS[matrices](orthogonal(n, int(s), matrices), n) for n, s in zip((width, rows), basis.seed, strict=True)
+    ]
     left, right = sides[1], np.diag(scale) @ sides[0].T
     w, s = problem.weight.numpy(), problem.statistics
     back, found = np.linalg.inv(right), basis.statistics(s)
@@ -71,18 +78,37 @@ def test_matrices_with_one_input_share_the_rescale():
         fit(Quip(), [Aim(matrix=first), Aim(matrix=torch.ones(2, 9))], None)
 
 
+@both_kinds
 @pytest.mark.parametrize("size", [1, 2, 7, 24, 172, 576])
-def test_sides_are_orthogonal(size):
-    side = orthogonal(size, 5)
+def test_sides_are_orthogonal(size, matrices):
+    side = orthogonal(size, 5, matrices)
     eye = torch.eye(size, dtype=torch.float64)
     turned = side.turn(eye)
     torch.testing.assert_close(turned @ turned.t(), eye, rtol=0, atol=1e-13)
     torch.testing.assert_close(side.back(turned), eye, rtol=0, atol=1e-13)
-    assert torch.equal(side.permutation.sort().values, torch.arange(size))
+    if matrices == "kronecker":
+        assert torch.equal(side.permutation.sort().values, torch.arange(size))
+
+
+@both_kinds
+@pytest.mark.parametrize("size", [172, 576, 11008])
+def test_one_weight_becomes_many(size, matrices):
+    """No entry of the matrix is much larger than 1 / sqrt(n): what QuIP calls incoherent."""
+    side = orthogonal(size, 3, matrices)
+    some = torch.eye(size, dtype=torch.float64)[:16]
+    # the odd factor has at most 43 x 43 nearly normal numbers; both of a Kronecker product have numbers of up to four
+    most = 4 if matrices == "hadamard" else 16
+    assert float(side.turn(some).abs().max()) * size**0.5 < most
+
+
+def test_a_seed_stands_for_the_same_signs_for_good():
+    side = orthogonal(12, 2025, "hadamard")
+    assert side.sign.tolist() == SIGNS
+    np.testing.assert_allclose(side.left[0].numpy(), ODD, rtol=0, atol=1e-12)
 
 
 def test_a_seed_stands_for_the_same_matrix_for_good():
-    side = orthogonal(6, 2025)
+    side = orthogonal(6, 2025, "kronecker")
     assert side.permutation.tolist() == EXPECTED[0]
     np.testing.assert_allclose(side.left.numpy(), EXPECTED[1], rtol=0, atol=1e-12)
     np.testing.assert_allclose(side.right[0].numpy(), EXPECTED[2], rtol=0, atol=1e-12)
@@ -96,10 +122,11 @@ def test_factors_take_the_prime_factors_by_turns(size, expected):
     assert factors(size) == expected
 
 
-def test_outliers_are_spread():
+@both_kinds
+def test_outliers_are_spread(matrices):
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight[3, 5] = 100.0
-    (basis,) = fit(Quip(rescale=False), [Aim(matrix=weight)], None)
+    (basis,) = fit(Quip(rescale=False, matrices=matrices), [Aim(matrix=weight)], None)
     turned = basis.weight(weight)
     torch.testing.assert_close(turned.norm(), weight.norm())
     assert float(turned.abs().max() / turned.square().mean().sqrt()) < 8  # it was 60

@@ -307,14 +307,13 @@ class Rounded:
 
 @runtime_checkable
 class Refinement(Protocol):
-    """Improves the result of a rounding on the layer's quadratic.
-
-    Attributes:
-        grids: kinds of grids that it serves.
-    """
+    """Improves the result of a rounding on the layer's quadratic."""
 
     kind: ClassVar[str]
-    grids: ClassVar[frozenset[str]]
+
+    def refuses(self, grid: Grid) -> str | None:
+        """Why it cannot serve a grid, or None."""
+        ...
 
     def refine(
         self,

@@ -48,7 +48,8 @@ def rows_of(rows: Int[Tensor, " tokens"], scheme: Scheme, parts: Mapping[str, Te
     grid, (height, columns) = scheme.grid, scheme.shape
     if not isinstance(grid, TrellisGrid):
         assert grid.tile[0] == 1, f"grid {grid.kind} encodes rows together"
-        whole = ("scale",) if isinstance(grid, CodebookGrid) and grid.scale_per == "matrix" else ()
+        one = isinstance(grid, CodebookGrid | UniformGrid) and grid.scale_per == "matrix"
+        whole = ("scale", "zero_point") if one else ()
         taken = {
             name: parts[name] if name in whole else parts[name].index_select(0, rows)
             for name in grid.specs(scheme.shape)

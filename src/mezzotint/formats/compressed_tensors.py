@@ -56,7 +56,7 @@ class CompressedTensors:
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.
 
-        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``ragged-group``.
+        Rules: ``linear-only``, ``tied``, ``uniform-only``, ``no-transform``, ``matrix-scale``, ``ragged-group``.
         """
         refusal = _refuses_matrix(matrix)
         if refusal is not None:
@@ -114,6 +114,7 @@ class CompressedTensors:
         """
         grid = _resolved(matrix, grid, dtype)
         _check_scale_dtype(matrix, grid, dtype)
+        assert grid.scale_per != "matrix", f"{matrix.name}: `refuses` accepts scales of rows and of groups only"
         rows, columns = matrix.shape
         groups = -(-columns // grid.columns_per_group(columns))
         prefix = _prefix(matrix)
@@ -243,6 +244,15 @@ def _refuses_matrix(matrix: Matrix) -> Refusal | None:
 
 
 def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:
+    if grid.scale_per == "matrix":
+        return Refusal(
+            rule="matrix-scale",
+            what=f"grid.scale_per of {matrix.name}",
+            value=grid.scale_per,
+            limit="engines read scales of rows, or of groups of columns",
+            remedy="Use grid.scale_per=row, or --for mezzotint.",
+            nearest=replace(grid, scale_per="row"),
+        )
     width, size = matrix.shape[1], grid.group_size
     if not isinstance(size, int) or width % size == 0:
         return None

@@ -55,15 +55,15 @@ class CodebookGrid(ABC):
         range: how a group's scale is chosen: ``rms``, the codebook's deviation is the root mean square of the group;
             ``absmax``, its largest value is that of the group; ``error``, the smallest squared error over scales around
             these; ``weighted``, the same weighted by the mean square of each input (diag H).
-        scale_per: one scale a group, or one for the whole ``matrix``, whatever the group size: for weights that a
-            transform has made alike.
+        scale_per: one scale a group; one a ``row``, or one for the whole ``matrix``, whatever the group size: for
+            weights that a transform has made alike.
         scale_dtype: of the stored scales, rounded to it before codes are chosen; ``auto`` is the checkpoint's.
     """
 
     kind: ClassVar[str]
     group_size: scales.GroupSize = "auto"
     range: Range = "weighted"
-    scale_per: Literal["group", "matrix"] = "group"
+    scale_per: scales.ScalePer = "group"
     scale_dtype: scales.ScaleDtype = "auto"
 
     @property
@@ -111,7 +111,7 @@ class CodebookGrid(ABC):
                 f"grid {self.kind!r} encodes {self.tile[1]} columns together; a matrix of {shape[1]} columns does not "
                 "divide. Use grid.kind=lookup for it."
             )
-        group_size = scales.resolve_group_size(self.group_size, shape[1], widths) if self.scale_per == "group" else None
+        group_size = scales.resolve_group_size(self.group_size, shape[1], widths, self.scale_per)
         return replace(self, group_size=group_size, scale_dtype=scales.resolve_scale_dtype(self.scale_dtype, dtype))
 
     def columns_per_group(self, width: int) -> int:

@@ -11,6 +11,8 @@ from mezzotint.errors import ConfigError
 
 GroupSize = int | Literal["auto"] | None
 ScaleDtype = Literal["auto", "float16", "bfloat16", "float32"]
+# one scale for a group of columns of a row, for a row, or for the matrix: the last two whatever the group size
+ScalePer = Literal["group", "row", "matrix"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _AUTO_GROUPS = (128, 64, 32)
@@ -30,8 +32,15 @@ def check_group_size(group_size: GroupSize, tile: int = 1) -> None:
         )
 
 
-def resolve_group_size(group_size: GroupSize, width: int, widths: Collection[int]) -> int | None:
-    """``auto`` decided: the largest of 128, 64, 32 that divides ``widths``, else that divides ``width``, else None."""
+def resolve_group_size(
+    group_size: GroupSize, width: int, widths: Collection[int], scale_per: ScalePer = "group"
+) -> int | None:
+    """``auto`` decided: the largest of 128, 64, 32 that divides ``widths``, else that divides ``width``, else None.
+
+    Scales of rows and of matrices know no groups: None.
+    """
+    if scale_per != "group":
+        return None
     if group_size != "auto":
         return group_size
     fitting = [g for g in _AUTO_GROUPS if width % g == 0]

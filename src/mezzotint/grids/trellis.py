@@ -51,7 +51,7 @@ class TrellisGrid:
         bits: of a weight, a multiple of 1/8 from 1 to 6.
         states: bits of the trellis' state: 12, fast to encode, or 16, 3 to 10 % less error up to 4 bits, at a
             sixteenth of the speed.
-        scale_per: one scale a matrix, for weights that a transform has made alike; or one a row.
+        scale_per: one scale for the ``matrix``, for weights that a transform has made alike; or one a ``row``.
         window: steps on both sides of the seam that the search looks at to close the path, 1 to 128.
     """
 

@@ -1,4 +1,4 @@
-"""Uniform integer grid: ``value = scale * (code - zero_point)`` with one scale per group of columns of a row."""
+"""Uniform integer grid: ``value = scale * (code - zero_point)``, one scale a group of columns, a row or a matrix."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +26,8 @@ class UniformGrid:
         symmetric: zero point fixed at ``2^(bits-1)``; otherwise each group has its own integer zero point.
         range: how a group's scale and zero point are chosen: ``minmax``; ``error``, the smallest squared error over
             shrunken ranges; ``weighted``, the same weighted by the mean square of each input (diag H).
+        scale_per: one scale (and zero point) a group; one a ``row``, or one for the whole ``matrix``, whatever the
+            group size: for weights that a transform has made alike.
         scale_dtype: of the stored scales, rounded to it before codes are chosen; ``auto`` is the checkpoint's.
     """
 
@@ -34,6 +36,7 @@ class UniformGrid:
     group_size: scales.GroupSize = "auto"
     symmetric: bool = False
     range: Literal["minmax", "error", "weighted"] = "weighted"
+    scale_per: scales.ScalePer = "group"
     scale_dtype: scales.ScaleDtype = "auto"
 
     def __post_init__(self) -> None:
@@ -66,7 +69,7 @@ class UniformGrid:
 
         ``widths`` are those of all matrices that should share a group size: engines load one scheme more readily.
         """
-        group_size = scales.resolve_group_size(self.group_size, shape[1], widths)
+        group_size = scales.resolve_group_size(self.group_size, shape[1], widths, self.scale_per)
         return replace(self, group_size=group_size, scale_dtype=scales.resolve_scale_dtype(self.scale_dtype, dtype))
 
     def columns_per_group(self, width: int) -> int:
@@ -85,13 +88,14 @@ class UniformGrid:
     def specs(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Codes packed as by `kernels.pack_bits`, scales, and (asymmetric) zero points as by `pack_bytes`."""
         rows, columns = shape
-        groups = -(-columns // self.columns_per_group(columns))
+        one = self.scale_per == "matrix"
+        height, groups = (1, 1) if one else (rows, -(-columns // self.columns_per_group(columns)))
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "packed": (torch.int32, (rows, word_count(columns, self.bits))),
-            "scale": (self.storage_dtype, (rows, groups)),
+            "scale": (self.storage_dtype, (height, groups)),
         }
         return (
-            found if self.symmetric else {**found, "zero_point": (torch.uint8, (rows, byte_count(groups, self.bits)))}
+            found if self.symmetric else {**found, "zero_point": (torch.uint8, (height, byte_count(groups, self.bits)))}
         )
 
     def restore(
@@ -105,11 +109,16 @@ class UniformGrid:
     def restore_parameters(
         self, stored: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-        """Scales and zero points, in float32."""
+        """Scales and zero points of every row, in float32."""
         scale = stored["scale"].float()
         if self.symmetric:
-            return scale, torch.full_like(scale, 2.0 ** (self.bits - 1))
-        return scale, unpack_bytes(stored["zero_point"], self.bits, scale.shape[1]).float()
+            zero_point = torch.full_like(scale, 2.0 ** (self.bits - 1))
+        else:
+            zero_point = unpack_bytes(stored["zero_point"], self.bits, scale.shape[1]).float()
+        if self.scale_per == "matrix":
+            rows = len(stored["packed"])
+            return scale.expand(rows, 1).contiguous(), zero_point.expand(rows, 1).contiguous()
+        return scale, zero_point
 
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedUniform":
         """Scales and zero points for one target, by the setting ``range``.
@@ -119,21 +128,23 @@ class UniformGrid:
         """
         if self.range == "weighted" and importance is None:
             raise ConfigError("grid.range is 'weighted' but there are no statistics; use 'error' or 'minmax' instead.")
-        size = self.columns_per_group(target.shape[1])
-        if self.range == "minmax":
-            scale, zero_point = kernels.min_max_range(
-                target, size, self.bits, symmetric=self.symmetric, scale_dtype=self.storage_dtype
+        rows, width = target.shape
+        importance = importance if self.range == "weighted" else None
+        if self.scale_per == "matrix":  # one long row
+            weight = None if importance is None else importance.repeat(rows)
+            scale, zero_point = (
+                part.expand(rows, 1).contiguous() for part in self._range(target.reshape(1, -1), weight)
             )
         else:
-            scale, zero_point = kernels.search_range(
-                target,
-                size,
-                self.bits,
-                symmetric=self.symmetric,
-                importance=importance if self.range == "weighted" else None,
-                scale_dtype=self.storage_dtype,
-            )
-        return FittedUniform(grid=self, shape=(target.shape[0], target.shape[1]), scale=scale, zero_point=zero_point)
+            scale, zero_point = self._range(target, importance)
+        return FittedUniform(grid=self, shape=(rows, width), scale=scale, zero_point=zero_point)
+
+    def _range(self, target: Float[Tensor, "rows n"], importance: Float[Tensor, " n"] | None) -> tuple[Tensor, Tensor]:
+        size = target.shape[1] if self.scale_per == "matrix" else self.columns_per_group(target.shape[1])
+        settings = {"symmetric": self.symmetric, "scale_dtype": self.storage_dtype}
+        if self.range == "minmax":
+            return kernels.min_max_range(target, size, self.bits, **settings)
+        return kernels.search_range(target, size, self.bits, importance=importance, **settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -201,13 +212,16 @@ class FittedUniform:
 
     def store(self, code: UInt8[Tensor, "out in"], shape: tuple[int, int]) -> Mapping[str, Tensor]:
         """Packed codes, scales, and zero points where the grid has them."""
+        scale, zero_point = (
+            part[:1] if self.grid.scale_per == "matrix" else part for part in (self.scale, self.zero_point)
+        )
         found = {
             "packed": kernels.pack_bits(code.contiguous(), self.grid.bits),
-            "scale": self.scale.to(self.grid.storage_dtype),
+            "scale": scale.to(self.grid.storage_dtype),
         }
         if self.grid.symmetric:
             return found
-        return {**found, "zero_point": pack_bytes(self.zero_point.to(torch.uint8), self.grid.bits)}
+        return {**found, "zero_point": pack_bytes(zero_point.to(torch.uint8), self.grid.bits)}
 
     def storable(self, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Scales rounded to the dtype they are stored in."""

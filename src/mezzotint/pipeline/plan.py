@@ -17,6 +17,7 @@ from mezzotint.errors import ConfigError, FormatError
 from mezzotint.formats.dense import Dense
 from mezzotint.formats.gguf import Gguf
 from mezzotint.formats.native import Native
+from mezzotint.grids.uniform import UniformGrid
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import check_compensation
 from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, estimate, flops_per_second
@@ -263,12 +264,9 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
-    if stages.refinement is not None and stages.grid.kind not in stages.refinement.grids:
-        served = ", ".join(sorted(stages.refinement.grids))
-        raise ConfigError(
-            f"{matrix}: refinement {stages.refinement.kind!r} serves grids of kind {served}, not {stages.grid.kind!r}. "
-            "Use refinement.kind=none."
-        )
+    reason = None if stages.refinement is None else stages.refinement.refuses(stages.grid)
+    if stages.refinement is not None and reason is not None:
+        raise ConfigError(f"{matrix}: refinement {stages.refinement.kind!r} {reason}. Use refinement.kind=none.")
 
 
 def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
@@ -298,13 +296,19 @@ def _format(source: Source, entries: list[Entry], request: Request) -> tuple[For
 def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
     if request.engine is not None:
         return ENGINES[request.engine], f"--for {request.engine}"
-    own = next((e for e in entries if e.grid.kind != "uniform" or e.basis is not None), None)
+    own = next((e for e in entries if not _usual(e.grid) or e.basis is not None), None)
     if own is None:
         return "compressed-tensors", "what most engines load"
     if own.basis is None and all(e.grid.kind == "gguf" for e in entries):
         return "gguf", "all grids are GGUF block types"
+    kind = f"{own.grid.kind!r}" if own.basis is not None or own.grid.kind != "uniform" else "'uniform' of one scale"
     basis = "" if own.basis is None else f" in the basis {own.basis.kind!r}"
-    return "mezzotint", f"{own.matrix} has the grid {own.grid.kind!r}{basis}, which only mezzotint's own format holds"
+    return "mezzotint", f"{own.matrix} has the grid {kind}{basis}, which only mezzotint's own format holds"
+
+
+def _usual(grid: Grid) -> bool:
+    """Whether most engines have kernels for it."""
+    return isinstance(grid, UniformGrid) and grid.scale_per != "matrix"
 
 
 def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mezzotint.core.contracts import AffineGrid, FittedGrid, Quadratic, Rounded
+from mezzotint.core.contracts import AffineGrid, FittedGrid, Grid, Quadratic, Rounded
 from mezzotint.errors import ConfigError
+from mezzotint.grids.uniform import UniformGrid
 
 Start = Literal["nearest", "clipped", "refitted"]
 
@@ -34,7 +35,6 @@ class Descent:
     """
 
     kind: ClassVar[str] = "descent"
-    grids: ClassVar[frozenset[str]] = frozenset({"uniform"})
     passes: int = 2
     parameters: bool = True
     starts: tuple[Start, ...] = ()
@@ -42,6 +42,14 @@ class Descent:
     def __post_init__(self) -> None:
         if not 1 <= self.passes <= 100:
             raise ConfigError(f"refinement.passes is {self.passes}; it must be from 1 to 100.")
+
+    def refuses(self, grid: Grid) -> str | None:
+        """Scales and zero points are refitted row by row."""
+        if not isinstance(grid, UniformGrid):
+            return f"serves grids of kind uniform, not {grid.kind!r}"
+        return (
+            "gives every row a scale of its own, and grid.scale_per is 'matrix'" if grid.scale_per == "matrix" else None
+        )
 
     def refine(
         self,

@@ -49,6 +49,7 @@ def _uniform_grids() -> st.SearchStrategy[Grid]:
         GRIDS["uniform"],
         bits=st.integers(2, 8),
         group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
+        scale_per=st.sampled_from(["group", "row", "matrix"]),
         symmetric=st.booleans(),
         range=st.sampled_from(["minmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
@@ -71,7 +72,7 @@ def _lookup_grids() -> st.SearchStrategy[Grid]:
         lambda pair, **settings: GRIDS["lookup"](table=pair[0], bits=pair[1], **settings),
         any_bits | st.just(("nf4", 4)),
         group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
-        scale_per=st.sampled_from(["group", "matrix"]),
+        scale_per=st.sampled_from(["group", "row", "matrix"]),
         range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
     )
@@ -82,7 +83,7 @@ def _vector_grids() -> st.SearchStrategy[Grid]:
         GRIDS["vector"],
         bits=st.integers(3, 12).map(lambda index_bits: index_bits / 2),
         group_size=st.sampled_from([None, "auto", 2, 6, 8, 16]),
-        scale_per=st.sampled_from(["group", "matrix"]),
+        scale_per=st.sampled_from(["group", "row", "matrix"]),
         range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
     )
@@ -116,7 +117,7 @@ def _awq_settings() -> st.SearchStrategy[Any]:
 
 
 def _quip_settings() -> st.SearchStrategy[Any]:
-    return st.builds(TRANSFORMS["quip"], rescale=st.booleans())
+    return st.builds(TRANSFORMS["quip"], matrices=st.sampled_from(["kronecker", "hadamard"]), rescale=st.booleans())
 
 
 GRID_SETTINGS: Mapping[str, Callable[[], st.SearchStrategy[Grid]]] = {
