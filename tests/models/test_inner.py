@@ -73,7 +73,7 @@ def test_the_input_of_down_from_the_output_of_up(name: str, tiny_folder: Folder)
     found, module = found_in(source, model, 0)
     up, down, mlp = (module(path) for path in (found["up"].linear, found["down"].linear, found["up"].around))
     seen = watched(model, {"up": up, "down": down, "mlp": mlp}, None)
-    hidden = last_input(mlp, seen["mlp"][0][0], {up: seen["up"][2]}, down)
+    hidden = last_input(mlp, seen["mlp"][0], seen["mlp"][1], {up: seen["up"][2]}, down)
     torch.testing.assert_close(hidden, seen["down"][0][0], rtol=0, atol=0)
 
 

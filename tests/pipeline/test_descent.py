@@ -11,6 +11,7 @@ import mezzotint
 from mezzotint.errors import ConfigError
 from mezzotint.pipeline import memory
 from mezzotint.pipeline.descent import Descent
+from mezzotint.pipeline.recipe import Rule, load_recipe
 from pipeline.runs import HELD_OUT, TINY_LLAMA, assert_same_tensors, least_memory, plan_of, quantized, tensors_of
 
 Folder = Callable[[str], Path]
@@ -68,6 +69,23 @@ def test_the_block_error_is_that_of_what_was_written(tmp_path: Path) -> None:
     for block in report["blocks"]:
         # without post-norms the stream after the MLP is the block's output
         assert block["submodules"]["updown"]["after"] == pytest.approx(block["relative_error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon_multi_query", "falcon_new_decoder"])
+def test_mlps_without_a_gate_are_served(name: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    """Biases, rectifiers, linears that lie in the block itself, blocks whose branches run side by side."""
+    # of random weights nothing but the error of coarse attention can be made up for
+    coarse = Rule(match="*attn*" if name == "opt" else "*attention*", set={"grid.bits": 2})
+    report = quantized(
+        tiny_folder(name), tmp_path / "out", load_recipe("lpcd-gptq").with_rules([coarse]), bits=8, samples=64,
+        engine="dense",
+    )  # fmt: skip
+    for block in report["blocks"]:
+        losses = block["submodules"]["updown"]
+        assert losses["after"] < losses["before"]
+        assert losses["after"] == pytest.approx(block["relative_error"], rel=1e-4)
+    told = [value for made in report["decisions"].values() for key, value in made.items() if key.endswith("updown.up")]
+    assert all(decision.startswith("accepted") for decision in told)
 
 
 @pytest.mark.slow
@@ -140,7 +158,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {},
         r"'updown' of model\.layers\.0 .* 'up' is the role of several matrices \(experts\).*parts=\[qk,vo\]",
     ),
-    ("opt", {}, r"'updown' of .*: up and down lie in the block itself"),
     ("falcon_new_decoder", {}, r"'qk' of .*: its attention is not called through transformers' interface"),
     ("llama", {"submodules.parts": ["qk", "vq"]}, "setting 'submodules.parts' cannot be 'vq'"),
     ("llama", {"submodules.parts": []}, "name each of qk, vo, updown at most once"),

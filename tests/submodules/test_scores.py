@@ -47,6 +47,10 @@ def pattern(settings: dict[str, Any]) -> Pattern:
     return Pattern(**made)
 
 
+def measured(at: Pair, made: Pattern, target: Pair, metric: str) -> Scores:
+    return Scores(at, made, target, Mixer(target, made) if metric == "attention" else None)
+
+
 def visible_of(made: Pattern, window: int) -> np.ndarray:
     if made.visible is None:
         return reference.visible(SEQLEN)
@@ -71,7 +75,7 @@ def naive_loss(at: Pair, target: Pair, made: Pattern, metric: str) -> float:
 def test_loss_is_that_of_a_loop(name: str, metric: Any, piece_size: int) -> None:
     made, at, target = pattern(PATTERNS[name]), pair(1), pair(2)
     wanted = naive_loss(at, target, made, metric)
-    np.testing.assert_allclose(Scores(at, made, target, metric).loss(), wanted, **CLOSE)
+    np.testing.assert_allclose(measured(at, made, target, metric).loss(), wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["q", "k"])
@@ -80,8 +84,8 @@ def test_loss_is_that_of_a_loop(name: str, metric: Any, piece_size: int) -> None
 def test_gradient_and_curvature_are_derivatives_of_the_loss(name: str, metric: Any, side: Any, piece_size: int) -> None:
     """By central differences: of half the loss, and where no residual is left to bend of the gradient."""
     made, at, target = pattern(PATTERNS[name]), pair(1), pair(2)
-    loss, gradient = Scores(at, made, target, metric).gradient(side)
-    assert loss == pytest.approx(Scores(at, made, target, metric).loss(), rel=1e-12)
+    loss, gradient = measured(at, made, target, metric).gradient(side)
+    assert loss == pytest.approx(measured(at, made, target, metric).loss(), rel=1e-12)
     direction = torch.randn_like(gradient)
     step = 1e-5
 
@@ -90,16 +94,16 @@ def test_gradient_and_curvature_are_derivatives_of_the_loss(name: str, metric: A
             **{"query" if side == "q" else "key": (base.query if side == "q" else base.key) + by * direction}
         )
 
-    losses = [Scores(moved(by), made, target, metric).loss() for by in (step, -step)]
+    losses = [measured(moved(by), made, target, metric).loss() for by in (step, -step)]
     # error of a central difference: step^2 times a third derivative of order |gradient|, and rounding over the step
     assert float((gradient * direction).sum()) == pytest.approx((losses[0] - losses[1]) / (4 * step), rel=1e-6)
-    curved = Scores(at, made, target, metric).curvature(side, direction)
+    curved = measured(at, made, target, metric).curvature(side, direction)
     # at the target itself there is no residual to bend: the curvature is all of the second derivative
-    there = Scores(target, made, target, metric).curvature(side, direction)
-    second = [Scores(moved(by, target), made, target, metric).loss() for by in (1e-3, -1e-3)]
+    there = measured(target, made, target, metric).curvature(side, direction)
+    second = [measured(moved(by, target), made, target, metric).loss() for by in (1e-3, -1e-3)]
     assert float((there * direction).sum()) == pytest.approx((second[0] + second[1]) / (2 * 1e-6), rel=1e-5)
     other = torch.randn_like(direction)
-    symmetric = Scores(at, made, target, metric).curvature(side, other)
+    symmetric = measured(at, made, target, metric).curvature(side, other)
     assert float((curved * other).sum()) == pytest.approx(float((symmetric * direction).sum()), rel=1e-9)
 
 
@@ -122,6 +126,20 @@ def test_mixing_is_that_of_a_loop(name: str, sinks: bool, piece_size: int) -> No
         np.testing.assert_allclose(found[w].numpy(), reference.mixed(attended, value[w].numpy()), **CLOSE)
     # the transpose of the mixing
     assert float((found * back).sum()) == pytest.approx(float((pulled * value).sum()), rel=1e-10)
+
+
+def test_what_is_kept_and_what_is_made_again_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, at = pattern({}), pair(1)
+    first = [taken.clone() for _, taken in Mixer(at, made).probabilities()]
+    monkeypatch.setattr(module, "PIECE", 40)
+    for room in (0, 2 * 40, module.KEPT):
+        monkeypatch.setattr(module, "KEPT", room)
+        mixer = Mixer(at, made)
+        found = [torch.zeros_like(first[0]) for _ in range(2)]
+        for whole in found:
+            for piece, taken in mixer.probabilities():
+                whole[piece.windows, :, :, piece.rows, piece.keys] = taken
+            torch.testing.assert_close(whole, first[0], **CLOSE)
 
 
 def test_no_more_than_a_piece_lives_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

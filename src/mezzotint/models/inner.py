@@ -66,12 +66,19 @@ def attended(
     raise ModelError(f"{type(module).__name__} does not call attention through transformers' interface.")
 
 
-def last_input(module: nn.Module, hidden: Tensor, outputs: Mapping[nn.Module, Tensor], last: nn.Module) -> Tensor:
+def last_input(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    outputs: Mapping[nn.Module, Tensor],
+    last: nn.Module,
+) -> Tensor:
     """What goes into ``last`` when other linears of ``module`` give ``outputs``.
 
     Args:
-        module: an MLP.
-        hidden: its input; linears that are not in ``outputs`` multiply it.
+        module: an MLP, or a block in which its linears lie.
+        args: of its forward; linears that are not in ``outputs`` multiply the first.
+        kwargs: the rest of them.
         outputs: of some of its linears.
         last: one of its linears.
     """
@@ -81,7 +88,7 @@ def last_input(module: nn.Module, hidden: Tensor, outputs: Mapping[nn.Module, Te
 
     with _giving(outputs), _replaced(last, leave):
         try:
-            module(hidden)
+            module(*args, **kwargs)
         except _ReachedError as reached:
             return reached.found
     raise ModelError(f"{type(module).__name__} does not run its last linear.")

@@ -41,6 +41,16 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    def first(self, windows: int, of: int) -> "Call":
+        """The same for the first windows of its batch; what all ``of`` windows share stays."""
+
+        def cut(value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.dim() > 1 and len(value) == of
+            return value[:windows] if own else value
+
+        args, kwargs = tree_map(cut, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs)
+
 
 def through(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The block's output."""
@@ -175,13 +185,14 @@ class BlockRun:
         keep: stay inside the block between stops; otherwise memory is freed and the next stop starts from the front.
 
     Attributes:
+        call: as it was given.
         noted: calls of the modules that `stops` was told to note, by their paths, as far as the block has run.
     """
 
     def __init__(self, block: nn.Module, hidden: Callable[[], Tensor], call: Call, *, keep: bool = True) -> None:
         self._block = block
         self._hidden = hidden
-        self._call = call
+        self.call = call
         self._keep = keep
         self._run: _Paused | None = None
         self.noted: Mapping[str, Call] = {}
@@ -225,7 +236,7 @@ class BlockRun:
             return self._run.switch()
 
     def _forward(self) -> tuple[str, Tensor]:
-        return "end", through(self._block, self._hidden(), self._call)
+        return "end", through(self._block, self._hidden(), self.call)
 
 
 def _current() -> _Paused | None:

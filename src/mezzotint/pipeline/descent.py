@@ -5,6 +5,7 @@ up and down when down's is. What comes later in the block then sees what was dec
 the streams start the block anew, and the closing linear gets statistics of its new inputs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,12 +17,12 @@ from mezzotint.core.contracts import Block
 from mezzotint.core.statistics import Statistics
 from mezzotint.models import Source
 from mezzotint.models.inner import Attended, attended, last_input
-from mezzotint.pipeline.capture import BlockRun, Inputs
+from mezzotint.pipeline.capture import BlockRun, Call, Inputs
 from mezzotint.pipeline.parts import Place, places
 from mezzotint.pipeline.solve import Known, Solved, Solver
 from mezzotint.pipeline.streams import Streams
 from mezzotint.submodules.batches import AttentionBatch, Linear, Linears, MlpBatch, Outer
-from mezzotint.submodules.lpcd import MEMBERS, Lpcd, Part
+from mezzotint.submodules.lpcd import LEAST_TOKENS, MEMBERS, Lpcd, Part
 from mezzotint.submodules.qk import QueryKey
 from mezzotint.submodules.scores import Pattern
 from mezzotint.submodules.updown import UpDown
@@ -78,23 +79,27 @@ class Descent:
         self._parts: dict[Part, int] = {part: self._places[_LAST[part]].group for part in parts}
         self._firsts = {self._places[_FIRST[part]].group for part in parts}
         self._lasts = {self._places[_LAST[part]].group for part in parts if part != "qk"}
-        self._observes = bool({"qk", "vo"} & self._parts.keys())
+        around = {self._places[_FIRST[part]].around for part in parts}
+        self._observed = tuple(sorted(around - {block.path}))
         self._solved: dict[str, Solved] = {}
         # keys of the tensors that are held: of a batch, by number of the group and what they are
         self._held: list[dict[tuple[int, str], int]] = [{} for _ in streams.batches]
-        self._used = self._chosen(parts)
+        self._used: dict[Part, dict[int, int]] = {part: self._chosen(part) for part in parts}
         self.losses: dict[str, dict[str, float]] = {}
 
     @property
     def observed(self) -> tuple[str, ...]:
         """Paths of modules whose calls a run must note."""
-        return (self._places["q"].around,) if self._observes else ()
+        return self._observed
 
     def see(self, batch: int, group: int, inputs: Inputs) -> None:
         """Hold what the parts need of a group's inputs; seen again after a change, the new ones replace the old."""
-        if batch in self._used:
-            self._hold(batch, group, values=inputs.values if group in self._firsts else None)
-            self._hold(batch, group, stream=inputs.stream if group in self._lasts else None)
+        windows = max(used.get(batch, 0) for used in self._used.values())
+        tokens = windows * self._streams.batches[batch].tokens.shape[1]
+        if tokens:
+            self._hold(batch, group, values=inputs.values[:tokens] if group in self._firsts else None)
+            stream = inputs.stream if group in self._lasts else None
+            self._hold(batch, group, stream=None if stream is None else stream[:tokens])
 
     def keep(self, solved: Solved) -> None:
         """Take a matrix; what no part will change any more is handed on."""
@@ -218,16 +223,17 @@ class Descent:
 
     # ---- batches -------------------------------------------------------------------------------------------------
 
-    def _chosen(self, parts: Sequence[Part]) -> dict[int, bool]:
-        """Batches that are used, and whether they are held out."""
-        width = max(self._places[_FIRST[part]].matrix.shape[1] for part in parts)
-        limit, found, tokens = self._settings.tokens, dict[int, bool](), 0
+    def _chosen(self, part: Part) -> dict[int, int]:
+        """How many windows of each batch a part uses; it is fitted and judged on about as many."""
+        width, per_column = self._places[_FIRST[part]].matrix.shape[1], self._settings.tokens
+        limit = math.inf if per_column is None else max(per_column * width, LEAST_TOKENS[part])
+        left, found = {False: limit, True: limit}, dict[int, int]()
         for index, batch in enumerate(self._streams.batches):
-            if batch.held_out:
-                found[index] = True
-            elif limit is None or tokens < limit * width:
-                found[index] = False
-                tokens += batch.tokens.numel()
+            windows, seqlen = batch.tokens.shape
+            windows = int(min(windows, -(-left[batch.held_out] // seqlen)))
+            left[batch.held_out] -= windows * seqlen
+            if windows > 0:
+                found[index] = windows
         return found
 
     def _hold(self, batch: int, group: int, **parts: Tensor | None) -> None:
@@ -238,60 +244,61 @@ class Descent:
             if value is not None:
                 self._held[batch][group, name] = self._streams.hold(value)
 
-    def _get(self, batch: int, group: int, name: str) -> Tensor | None:
+    def _get(self, batch: int, group: int, name: str, part: Part) -> Tensor | None:
         key = self._held[batch].get((group, name))
-        shape = self._streams.batches[batch].tokens.shape
-        return None if key is None else self._streams.held(key).unflatten(0, shape)
+        return None if key is None else self._cut(batch, self._streams.held(key), part)
+
+    def _cut(self, batch: int, value: Tensor, part: Part) -> Tensor:
+        """Of what more windows of a batch have, ``[windows * seqlen, any]``, that of those that a part uses."""
+        windows, seqlen = self._used[part][batch], self._streams.batches[batch].tokens.shape[1]
+        return value[: windows * seqlen].unflatten(0, (windows, seqlen))
 
     def _batches(self, part: Part, runs: Sequence[BlockRun], *, held_out: bool) -> Batches:
         build = self._mlp if part == "updown" else self._attention
-
-        def batches() -> Iterator[Any]:
-            for index, held in self._used.items():
-                if held == held_out:
-                    yield build(index, runs[index], part)
-
-        return batches
+        numbers = [index for index in self._used[part] if self._streams.batches[index].held_out == held_out]
+        if len(numbers) == 1:  # made once: no more than this one batch is in memory either way
+            only = build(numbers[0], runs[numbers[0]], part)
+            return lambda: iter((only,))
+        return lambda: (build(index, runs[index], part) for index in numbers)
 
     def _weights(self, batch: int, like: Tensor) -> Tensor | None:
         mask = self._streams.batches[batch].mask
-        return None if mask is None else mask.to(like)
+        return None if mask is None else mask[: len(like)].to(like)
 
-    def _outer(self, batch: int, last: Place, weights: Tensor | None) -> Outer:
-        shape = self._streams.batches[batch].tokens.shape
+    def _outer(self, batch: int, part: Part, weights: Tensor | None) -> Outer:
+        last = self._places[_LAST[part]]
         original = self._streams.original_inputs(batch, last.group, last=False)[None]
-        stream = self._get(batch, last.group, "stream")
-        values = original.values.unflatten(0, shape)
+        stream, values = self._get(batch, last.group, "stream", part), self._cut(batch, original.values, part)
         if stream is None or original.stream is None:
             return Outer(original=values, weights=weights)
-        return Outer(
-            original=values, original_stream=original.stream.unflatten(0, shape), stream=stream, weights=weights
-        )
+        before = self._cut(batch, original.stream, part)
+        return Outer(original=values, original_stream=before, stream=stream, weights=weights)
 
     def _attention(self, batch: int, run: BlockRun, part: Part) -> AttentionBatch:
         group = self._places["q"].group
-        inputs = self._get(batch, group, "values")
+        inputs = self._get(batch, group, "values", part)
         assert inputs is not None
-        original = self._streams.original_inputs(batch, group, last=False)[None].values.view_as(inputs)
+        original = self._cut(batch, self._streams.original_inputs(batch, group, last=False)[None].values, part)
         weights = self._weights(batch, inputs)
-        seen = self._attended(run, "q", inputs.new_zeros(()).expand(*inputs.shape[:2], len(self._rows("q"))))
+        call = run.noted[self._places["q"].around].first(len(inputs), of=len(self._streams.batches[batch].tokens))
+        seen = self._attended(call, "q", inputs.new_zeros(()).expand(*inputs.shape[:2], len(self._rows("q"))))
         return AttentionBatch(
             inputs=inputs,
             original=original,
-            query=lambda outputs: self._attended(run, "q", outputs).query,
-            key=lambda outputs: self._attended(run, "k", outputs).key,
-            value=lambda outputs: self._attended(run, "v", outputs).value,
+            query=lambda outputs: self._attended(call, "q", outputs).query,
+            key=lambda outputs: self._attended(call, "k", outputs).key,
+            value=lambda outputs: self._attended(call, "v", outputs).value,
             pattern=Pattern(
                 scaling=seen.scaling, softcap=seen.softcap, visible=seen.visible, weights=weights, sinks=seen.sinks
             ),
-            outer=None if part == "qk" else self._outer(batch, self._places["o"], weights),
+            outer=None if part == "qk" else self._outer(batch, part, weights),
         )
 
     def _rows(self, kind: str) -> range:
         place = self._places[kind]
         return range(place.matrix.shape[0] if place.rows is None else len(place.rows))
 
-    def _attended(self, run: BlockRun, kind: str, outputs: Tensor) -> Attended:
+    def _attended(self, call: Call, kind: str, outputs: Tensor) -> Attended:
         """What attention multiplies when the linear of one kind gives ``outputs`` and the others nothing."""
         module = self._source.skeleton.get_submodule
         others = {place.linear: place for place in (self._places[other] for other in ("q", "k", "v"))}
@@ -301,19 +308,24 @@ class Descent:
         }
         given[module(self._places[kind].linear)] = self._places[kind].into(outputs)
         around = self._places["q"].around
-        call = run.noted[around]
         hidden = outputs.new_zeros(()).expand(*outputs.shape[:2], self._places["q"].matrix.shape[1])
         return attended(module(around), (hidden, *call.args), call.kwargs, given)
 
-    def _mlp(self, batch: int, _: BlockRun, __: Part) -> MlpBatch:
+    def _mlp(self, batch: int, run: BlockRun, part: Part) -> MlpBatch:
         up, down, module = self._places["up"], self._places["down"], self._source.skeleton.get_submodule
-        inputs = self._get(batch, up.group, "values")
+        inputs = self._get(batch, up.group, "values", part)
         assert inputs is not None
         known = {}
         gate = self._places.get("gate")
         if gate is not None and gate.around == up.around:
             whole = gate.matrix.view(self._source.skeleton.get_parameter(gate.matrix.parameter).data)
             known[gate.linear] = Linear(whole, self._bias(gate))(inputs)
+
+        of = len(self._streams.batches[batch].tokens)
+        if up.around == self._block.path:  # what comes before up does not matter: it runs on one window
+            call, entering = run.call.first(1, of), inputs[:1]
+        else:
+            call, entering = run.noted[up.around].first(len(inputs), of), inputs
 
         def hidden(outputs: Tensor) -> Tensor:
             given = {module(path): value for path, value in known.items()}
@@ -322,6 +334,6 @@ class Descent:
                 assert up.rows is not None
                 whole = known[up.linear].index_copy(-1, up.rows, outputs)
             given[module(up.linear)] = whole
-            return last_input(module(up.around), inputs, given, module(down.linear))
+            return last_input(module(up.around), (entering, *call.args), call.kwargs, given, module(down.linear))
 
-        return MlpBatch(inputs=inputs, hidden=hidden, outer=self._outer(batch, down, self._weights(batch, inputs)))
+        return MlpBatch(inputs=inputs, hidden=hidden, outer=self._outer(batch, part, self._weights(batch, inputs)))

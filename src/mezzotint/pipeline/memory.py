@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mezzotint.core.contracts import Block
 from mezzotint.core.files import Entry
 from mezzotint.models import Source
+from mezzotint.submodules.scores import KEPT
 
 BASE_BYTES = 480 * 2**20  # interpreter, torch, transformers and what they load on first use, measured on Linux
 BATCH_TOKENS = 4096  # that run through a block together
@@ -120,7 +121,8 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
             )
             for g, w in zip(block.groups, widths, strict=True)
         )
-        step = _RELAXING * largest + _SLOPES * tokens.batch * widest * _FLOAT
+        # attention is kept of one batch that is fitted on and of one that is held out
+        step = _RELAXING * largest + _SLOPES * tokens.batch * widest * _FLOAT + 2 * KEPT * _FLOAT
         each = (max(widths) + _WAITING * hidden) * _FLOAT
         found.add(
             Phases(

@@ -128,11 +128,8 @@ def _lacking(part: Part, found: Mapping[str, Place], block: Block, *, touched: b
         if several:
             return f"{several[0]!r} is the role of several matrices" + (" (experts)" if experts else "")
         return f"no matrix is known to have the role {missing[0]!r}" + ("" if touched else "; no role is known at all")
-    if part == "updown":
-        if found["up"].around != found["down"].around:
-            return "up and down lie in different modules"
-        if found["up"].around == block.path:
-            return "up and down lie in the block itself, not in a module of their own"
+    if part == "updown" and found["up"].around != found["down"].around:
+        return "up and down lie in different modules"
     return None
 
 

@@ -1,9 +1,10 @@
 """What the submodules of a block see of one batch of windows, in both streams."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from mezzotint.core.statistics import Statistics
 from mezzotint.submodules.relax import Search
 from mezzotint.submodules.scores import Pattern
 
+T = TypeVar("T")
 Projection = Callable[[Float[Tensor, "windows seqlen rows"]], Tensor]
 
 
@@ -29,6 +31,19 @@ class Linear(NamedTuple):
 Linears = Mapping[str, Linear]  # by kind of role
 
 
+class Memo:
+    """Something that is made again only when a tensor that it is made from has changed."""
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[Tensor, ...], Any] | None = None
+
+    def get(self, made_from: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+        """What ``make`` gives, or gave for equal tensors."""
+        if self._known is None or not all(map(torch.equal, self._known[0], made_from)):
+            self._known = tuple(tensor.clone() for tensor in made_from), make()
+        return self._known[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outer:
     """What the last linear of a submodule, whose output the stream takes up, sees of one batch.
@@ -43,6 +58,7 @@ class Outer:
     original_stream: Float[Tensor, "windows seqlen out"] | None = None
     stream: Float[Tensor, "windows seqlen out"] | None = None
     weights: Float[Tensor, "windows seqlen"] | None = None
+    _reached: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @property
     def tokens(self) -> float:
@@ -64,8 +80,12 @@ class Outer:
 
     def target(self, last: Linear) -> Float[Tensor, "windows seqlen out"]:
         """What the full-precision stream is after the submodule."""
-        output = last(self.original)
-        return output if self.original_stream is None else self.original_stream + output
+
+        def make() -> Tensor:
+            output = last(self.original)
+            return output if self.original_stream is None else self.original_stream + output
+
+        return self._reached.get((last.weight,), make)
 
     def off(self, output: Float[Tensor, "windows seqlen out"], target: Tensor) -> Tensor:
         """How far the quantized stream with this output is from the target; zero for padding."""
@@ -88,6 +108,7 @@ class AttentionBatch:
             heads apart, norms and positions applied, by the model's own code.
         pattern: what lies between.
         outer: of the output projection; None before it has run.
+        target, mixer: of the submodule that the batch is made for, as long as its weights stay.
     """
 
     inputs: Float[Tensor, "windows seqlen in"]
@@ -97,6 +118,8 @@ class AttentionBatch:
     value: Projection
     pattern: Pattern
     outer: Outer | None = None
+    target: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
+    mixer: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

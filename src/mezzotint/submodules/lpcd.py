@@ -12,6 +12,8 @@ PARTS: tuple[Part, ...] = ("qk", "vo", "updown")
 MEMBERS: dict[Part, tuple[str, ...]] = {"qk": ("q", "k"), "vo": ("v", "o"), "updown": ("up", "down")}
 # what the members of a part are weighed by, beside its members themselves
 AROUND: dict[Part, tuple[str, ...]] = {"qk": (), "vo": ("q", "k"), "updown": ()}
+# that a relaxed problem is made of; with attention in it every token meets many others, which costs and says more
+LEAST_TOKENS: dict[Part, int] = {"qk": 768, "vo": 768, "updown": 4096}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,8 @@ class Lpcd:
         damping: ridge towards the original weight, as a fraction of the mean diagonal of the gram.
         iterations: of conjugate gradients for each member without a closed form.
         sweeps: how often the members of a submodule take their turn.
-        tokens: per column of a member that its relaxed problem is made of, in whole batches; no limit if None.
+        tokens: per column of a member that its relaxed problem is made of and judged on, in whole windows; no fewer
+            than 768 with attention and 4096 without, and no limit if None.
         metric: of scores: ``plain`` as in the paper, or ``attention``, what attention loses in nats to second order.
     """
 

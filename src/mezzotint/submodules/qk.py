@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
 from mezzotint.submodules.batches import AttentionBatch, Linears
-from mezzotint.submodules.relax import Search, Slope, is_linear, relax, slopes_of
-from mezzotint.submodules.scores import Metric, Pair, Scores, Side
+from mezzotint.submodules.relax import Search, Slope, derivative, relax
+from mezzotint.submodules.scores import Metric, Mixer, Pair, Scores, Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class QueryKey:
 
     Attributes:
         originals: q and k of the full-precision model.
-        metric: of scores, see `Scores`.
+        metric: of scores: ``plain`` as in the paper, or by the target's ``attention``, see `Scores`.
     """
 
     members: ClassVar[tuple[str, ...]] = ("q", "k")
@@ -34,13 +34,14 @@ class QueryKey:
 
     def target(self, batch: AttentionBatch) -> Pair:
         """Queries and keys of the full-precision stream; their scores are never kept."""
-        return self._pair(self.originals, batch, batch.original)
+        weights = self.originals["q"].weight, self.originals["k"].weight
+        return batch.target.get(weights, lambda: self._pair(self.originals, batch, batch.original))
 
     def energy(self, batch: AttentionBatch) -> float:
         """Sum of squares of the full-precision scores."""
         target = self.target(batch)
         nothing = Pair(target.query * 0, target.key)
-        return Scores(nothing, batch.pattern, target, self.metric).loss()
+        return Scores(nothing, batch.pattern, target, self._attention(batch)).loss()
 
     def loss(self, linears: Linears, batch: AttentionBatch) -> float:
         """Sum of squares of what the scores miss."""
@@ -57,32 +58,30 @@ class QueryKey:
         search: Search,
     ) -> Float[Tensor, "rows in"]:
         """The weight of q or k that is best for the scores, the other one held fixed."""
-        first = next(iter(batches()))
-        function = first.query if member == "q" else first.key
-        straight = is_linear(function, linears[member](first.inputs))
-        linear = straight and first.pattern.softcap is None
 
         def slopes(weight: Tensor) -> Iterator[Slope]:
             changed = {**linears, member: linears[member]._replace(weight=weight)}
             for batch in batches():
-                yield self.slope(member, changed, batch, linear=straight)
+                yield self.slope(member, changed, batch)
 
-        return relax(slopes, start, self.originals[member].weight, fit, search=search, linear=linear)
+        return relax(slopes, start, self.originals[member].weight, fit, search=search)
 
-    def slope(self, member: str, linears: Linears, batch: AttentionBatch, *, linear: bool = False) -> Slope:
-        """The problem of a member around ``linears`` on one batch; ``linear`` says what `is_linear` found."""
+    def slope(self, member: str, linears: Linears, batch: AttentionBatch) -> Slope:
+        """The problem of a member around ``linears`` on one batch."""
         side: Side = "q" if member == "q" else "k"
         outputs = linears[side](batch.inputs)
-        _, push, pull = slopes_of(batch.query if side == "q" else batch.key, outputs, linear=linear)
-        pair = self._pair(linears, batch, batch.inputs)
+        value, push, pull, linear = derivative(batch.query if side == "q" else batch.key, outputs)
+        if side == "q":
+            pair = Pair(value, batch.key(linears["k"](batch.inputs)))
+        else:
+            pair = Pair(batch.query(linears["q"](batch.inputs)), value)
+        scores = self._scores(pair, batch)
 
         def residual() -> tuple[float, Tensor]:
-            loss, gradient = self._scores(pair, batch).gradient(side)
+            loss, gradient = scores.gradient(side)
             return loss, pull(gradient).flatten(0, 1)
 
         def curvature(change: Tensor) -> Tensor:
-            # without weights by the target's attention the curvature does not depend on a target
-            scores = Scores(pair, batch.pattern, pair) if self.metric == "plain" else self._scores(pair, batch)
             return pull(scores.curvature(side, push(change.view_as(outputs)))).flatten(0, 1)
 
         return Slope(
@@ -90,10 +89,18 @@ class QueryKey:
             tokens=batch.pattern.tokens(batch.inputs),
             residual=residual,
             curvature=curvature,
+            linear=linear and batch.pattern.softcap is None,
         )
 
     def _scores(self, pair: Pair, batch: AttentionBatch) -> Scores:
-        return Scores(pair, batch.pattern, self.target(batch), self.metric)
+        return Scores(pair, batch.pattern, self.target(batch), self._attention(batch))
+
+    def _attention(self, batch: AttentionBatch) -> Mixer | None:
+        """That of the full-precision stream."""
+        if self.metric == "plain":
+            return None
+        weights = self.originals["q"].weight, self.originals["k"].weight
+        return batch.mixer.get(weights, lambda: Mixer(self.target(batch), batch.pattern))
 
     @staticmethod
     def _pair(linears: Linears, batch: AttentionBatch, inputs: Tensor) -> Pair:

@@ -8,6 +8,7 @@ elsewhere each step is one of Gauss-Newton.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,12 +29,14 @@ class Slope:
         tokens: how many of them count: padding does not.
         residual: gives the sum of squares, and ``J' r`` in the linear's outputs ``[tokens, rows]``.
         curvature: ``J' J d`` for a change ``d`` of the linear's outputs.
+        linear: what the submodule gives is linear in the linear's outputs.
     """
 
     inputs: Float[Tensor, "tokens in"]
     tokens: float
     residual: Callable[[], tuple[float, Tensor]]
     curvature: Callable[[Tensor], Tensor]
+    linear: bool
 
 
 Batches = Callable[[Float[Tensor, "rows in"]], Iterable[Slope]]  # at a weight; one batch lives at a time
@@ -61,7 +64,6 @@ def relax(
     fit: Statistics,
     *,
     search: Search,
-    linear: bool,
 ) -> Float[Tensor, "rows in"]:
     """``argmin_V sum |r(V)|^2 + sum_i s_i lambda |V_i - W_i|^2``: the relaxed member, others held fixed.
 
@@ -70,19 +72,20 @@ def relax(
     ``diag(s) x (H + lambda I)`` preconditions the conjugate gradients; for a lone linear it is the exact inverse, and
     one iteration solves the problem.
 
+    Where every batch is linear one step solves the problem, and is taken as it is.
+
     Args:
-        batches: the problem at a weight; gone through once per iteration.
+        batches: the problem at a weight; gone through once per iteration, but a single batch is kept.
         start: where the search starts.
         original: what the ridge pulls towards.
         fit: of the member's inputs.
         search: damping and numbers of iterations.
-        linear: the submodule is linear in the member: one step, taken as it is.
     """
     weight = start
-    for _ in range(1 if linear else search.steps):
+    for _ in range(search.steps):
         problem = _Problem(batches, weight, original, fit, search.damping)
         change = problem.solve(search.iterations)
-        if linear:
+        if problem.linear:
             return weight + change
         better = _shortened(batches, problem, weight, change)
         if better is None:
@@ -97,10 +100,11 @@ class _Problem:
     def __init__(self, batches: Batches, weight: Tensor, original: Tensor, fit: Statistics, damping: float) -> None:
         self._batches, self._weight, self._original = batches, weight, original
         self._fit, self._damping = fit, damping
-        self.loss = 0.0
+        self.loss, self.linear = 0.0, True
+        self._only: Slope | None = None
         gradient = torch.zeros_like(weight)
         scale = torch.zeros_like(weight[:, 0])
-        tokens = 0.0
+        tokens, count = 0.0, 0
         generator = torch.Generator(device=weight.device).manual_seed(0)
         for slope in batches(weight):
             loss, outputs = slope.residual()
@@ -110,7 +114,9 @@ class _Problem:
             signs = torch.randint(0, 2, outputs.shape, generator=generator, device=weight.device)
             signs = signs.to(weight.dtype) * 2 - 1
             scale += (signs * slope.curvature(signs)).sum(0)
-            tokens += slope.tokens
+            tokens, count = tokens + slope.tokens, count + 1
+            self._only = slope if count == 1 else None
+            self.linear &= slope.linear
         scale /= max(tokens, 1.0)
         self._scale = scale.clamp_min(_LEAST_SCALE * float(scale.clamp_min(0).mean()) or 1.0).unsqueeze(1)
         # the statistics may have seen other tokens
@@ -129,7 +135,7 @@ class _Problem:
 
     def _product(self, direction: Tensor) -> Tensor:
         result = self._pull(direction)
-        for slope in self._batches(self._weight):
+        for slope in self._batches(self._weight) if self._only is None else (self._only,):
             result.addmm_(slope.curvature(slope.inputs @ direction.t()).t(), slope.inputs)
         return result
 
@@ -174,34 +180,44 @@ def _shortened(batches: Batches, problem: _Problem, weight: Tensor, change: Tens
     return None
 
 
-def slopes_of(
-    function: Callable[[Tensor], Tensor], outputs: Tensor, *, linear: bool = False
-) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """``function(outputs)``, and products with its derivative there and with the transpose of that.
+class Derivative(NamedTuple):
+    """A function around one point.
 
-    Args:
-        function: of the outputs of a linear.
-        outputs: where the derivative is taken.
-        linear: what `is_linear` says of it: then its derivative is cheaper, and the same everywhere.
+    Attributes:
+        push: products with its derivative.
+        pull: products with the transpose of that.
+        linear: it is linear (a constant may be added): its derivative is the same everywhere.
     """
+
+    value: Tensor
+    push: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], Tensor]
+    linear: bool
+
+
+def derivative(function: Callable[[Tensor], Tensor], outputs: Tensor) -> Derivative:
+    """A function of the outputs of a linear, around these."""
     value, pull = torch.func.vjp(function, outputs)[:2]
+    zero = function(torch.zeros_like(outputs))
+    linear = _is_linear(function, outputs, value, zero)
+    constant = zero if bool(zero.any()) else None
 
     def push(change: Tensor) -> Tensor:
         if linear:
-            return function(change) - function(torch.zeros_like(change))
+            return function(change) if constant is None else function(change) - constant
         # the transpose of the transpose: forward mode would compile parts of torch first
         return torch.func.vjp(lambda v: torch.func.vjp(function, outputs)[1](v)[0], torch.zeros_like(value))[1](change)[
             0
         ]
 
-    return value, push, lambda change: pull(change)[0]
+    return Derivative(value, push, lambda change: pull(change)[0], linear)
 
 
-def is_linear(function: Callable[[Tensor], Tensor], outputs: Tensor) -> bool:
-    """Whether a function is linear (a constant may be added): its change does not depend on where it starts."""
-    zero = function(torch.zeros_like(outputs))
+def _is_linear(function: Callable[[Tensor], Tensor], outputs: Tensor, value: Tensor, zero: Tensor) -> bool:
+    """Whether minus two times the outputs change it by minus two times as much: no norm, gate or rectifier does."""
     if not torch.isfinite(zero).all():
         return False
-    once = function(outputs) - zero
-    # exact but for rounding, which stays far below what a normalisation does to a factor of three
-    return bool(torch.allclose(function(3 * outputs) - zero, 3 * once, rtol=1e-3, atol=1e-4 * float(once.abs().max())))
+    once = value - zero
+    # exact but for rounding, which stays far below what a norm or an activation does to a factor of minus two
+    off = torch.linalg.vector_norm(function(-2 * outputs) - zero + 2 * once)
+    return bool(off <= 1e-4 * torch.linalg.vector_norm(once))

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-PIECE = 2**21  # scores at a time: 8 MiB in float32
-ROWS = 256  # of queries at a time: under a causal mask nearly half of the products are saved
+PIECE = 2**18  # scores at a time: 1 MiB in float32, which stays in the cache of a core
+ROWS = 64  # of queries at a time: under a causal mask nearly half of the products are saved
+KEPT = 2**23  # numbers of attention that are kept of a batch between passes: 32 MiB in float32
 
 Side = Literal["q", "k"]
 Metric = Literal["plain", "attention"]
@@ -93,92 +94,79 @@ class Scores:
         at: queries and keys.
         pattern: of attention.
         target: queries and keys whose scores are to be reached.
-        metric: how differences ``d`` of a query's scores are measured: ``plain`` by ``d'd``; ``attention`` by
-            ``d' (diag(p) - p p') d`` with the target's attention ``p``, twice what attention loses in nats of KL
-            to second order: what no query attends to, and what softmax cancels, costs nothing.
+        attention: how differences ``d`` of a query's scores are measured: None by ``d'd``; the target's attention ``p``
+            by ``d' (diag(p) - p p') d``, twice what attention loses in nats of KL to second order: what no query
+            attends to, and what softmax cancels, costs nothing.
     """
 
-    def __init__(self, at: Pair, pattern: Pattern, target: Pair, metric: Metric = "plain") -> None:
+    def __init__(self, at: Pair, pattern: Pattern, target: Pair, attention: "Mixer | None" = None) -> None:
         self._pattern = pattern
-        self._at = at
-        self._target = target
-        self._metric = metric
-        self._groups = at.key.shape[1]
+        self._at, self._target = _scaled(at, pattern), _scaled(target, pattern)
+        self._attention = attention
 
     def loss(self) -> float:
         """``sum over heads |M o (S - T)|^2``, M the mask (LPCD, arXiv 2512.01546, section 4), in the metric."""
         total = 0.0
-        for piece in pieces(self._pattern, self._at.query):
+        for piece, taken in self._pieces():
             difference, _ = self._difference(piece)
-            total += _dot(difference, self._measured(difference, piece))
+            total += _dot(difference, self._measured(difference, piece, taken))
         return total
 
     def gradient(self, side: Side) -> tuple[float, Tensor]:
         """The loss, and the gradient of half of it in the queries or the keys."""
         result = torch.zeros_like(self._at.query if side == "q" else self._at.key)
         total = 0.0
-        for piece in pieces(self._pattern, self._at.query):
+        for piece, taken in self._pieces():
             difference, slope = self._difference(piece)
-            measured = self._measured(difference, piece)
+            measured = self._measured(difference, piece, taken)
             total += _dot(difference, measured)
             self._pull_(result, side, piece, measured if slope is None else measured * slope)
-        return total, result
+        return total, result if side == "k" else result.mul_(self._pattern.scaling)
 
     def curvature(self, side: Side, change: Tensor) -> Tensor:
         """``J' M J change`` for a change of the queries or the keys, M the metric."""
         result = torch.zeros_like(change)
-        pushed = Pair(change, self._at.key) if side == "q" else Pair(self._at.query, change)
-        cap = self._pattern.softcap
-        for piece in pieces(self._pattern, self._at.query):
-            scores = self._masked(self._plain(pushed, piece), piece)
-            slope = None if cap is None else _slope(self._plain(self._at, piece), cap)
-            measured = self._measured(scores if slope is None else scores * slope, piece)
-            self._pull_(result, side, piece, measured if slope is None else measured * slope)
-        return result
+        scaling, cap = self._pattern.scaling, self._pattern.softcap
+        pushed = Pair(change * scaling, self._at.key) if side == "q" else Pair(self._at.query, change)
+        for piece, taken in self._pieces():
+            scores = _plain(pushed, piece)
+            slope = None if cap is None else _slope(_plain(self._at, piece), cap)
+            measured = self._measured(scores if slope is None else scores.mul_(slope), piece, taken)
+            self._pull_(result, side, piece, measured if slope is None else measured.mul_(slope))
+        return result if side == "k" else result.mul_(scaling)
 
-    def scores(self, piece: Piece) -> Float[Tensor, "some groups own rows keys"]:
-        """What goes into the softmax."""
-        return self._capped(self._plain(self._at, piece)).masked_fill_(~piece.seen, torch.finfo(self._at.key.dtype).min)
+    def _pieces(self) -> Iterator[tuple[Piece, Tensor | None]]:
+        if self._attention is not None:
+            yield from self._attention.probabilities()
+        else:
+            for piece in pieces(self._pattern, self._at.query):
+                yield piece, None
 
-    def _capped(self, scores: Tensor) -> Tensor:
-        cap = self._pattern.softcap
-        return scores if cap is None else cap * torch.tanh(scores / cap)
-
-    def _measured(self, difference: Tensor, piece: Piece) -> Tensor:
-        """The metric times a difference."""
-        if self._metric == "plain":
-            return difference
-        taken = attention(Scores(self._target, self._pattern, self._target).scores(piece), self._pattern)
-        # with sinks the rest of a query's attention is lost, and its scores have no difference
-        found = taken * difference
-        return found.addcmul_(taken, found.sum(-1, keepdim=True), value=-1)
-
-    def _plain(self, pair: Pair, piece: Piece) -> Float[Tensor, "some groups own rows keys"]:
-        query = grouped(pair.query[piece.windows, :, piece.rows], self._groups)
-        key = pair.key[piece.windows, :, piece.keys]
-        flat = query.flatten(2, 3) @ key.transpose(-1, -2)  # [some, groups, own * rows, keys]
-        return flat.unflatten(2, query.shape[2:4]) * self._pattern.scaling
+    def _measured(self, difference: Tensor, piece: Piece, taken: Tensor | None) -> Tensor:
+        """The metric times a difference; zero for scores that are not seen, and for padding."""
+        if taken is None:
+            found = difference * piece.seen
+        else:  # what is not seen is not taken; with sinks the rest is lost, and its scores have no difference
+            found = taken * difference
+            found.addcmul_(taken, found.sum(-1, keepdim=True), value=-1)
+        weights = self._pattern.weights
+        return found if weights is None else found.mul_(weights[piece.windows, None, None, piece.rows, None])
 
     def _difference(self, piece: Piece) -> tuple[Tensor, Tensor | None]:
-        at, target = self._plain(self._at, piece), self._plain(self._target, piece)
-        slope = None if self._pattern.softcap is None else _slope(at, self._pattern.softcap)
-        return self._masked(self._capped(at) - self._capped(target), piece), slope
-
-    def _masked(self, scores: Tensor, piece: Piece) -> Tensor:
-        scores *= piece.seen
-        weights = self._pattern.weights
-        # zero or one each: as good before the square as after it
-        return scores if weights is None else scores.mul_(weights[piece.windows, None, None, piece.rows, None])
+        cap, at = self._pattern.softcap, _plain(self._at, piece)
+        if cap is None:
+            return at.sub_(_plain(self._target, piece)), None
+        return _capped(at, cap) - _capped(_plain(self._target, piece), cap), _slope(at, cap)
 
     def _pull_(self, result: Tensor, side: Side, piece: Piece, scores: Tensor) -> None:
-        """Add ``scores`` times the other side to the piece's part of ``result``. Modifies it."""
-        flat = scores.flatten(2, 3) * self._pattern.scaling  # [some, groups, own * rows, keys]
+        """Add ``scores`` times the other side to the piece's part of ``result``, less the scaling of queries."""
+        flat = scores.flatten(2, 3)  # [some, groups, own * rows, keys]
         if side == "q":
             found = flat @ self._at.key[piece.windows, :, piece.keys]
             found = found.unflatten(2, (-1, piece.rows.stop - piece.rows.start)).flatten(1, 2)
             result[piece.windows, :, piece.rows] += found
         else:
-            query = grouped(self._at.query[piece.windows, :, piece.rows], self._groups).flatten(2, 3)
+            query = grouped(self._at.query[piece.windows, :, piece.rows], scores.shape[1]).flatten(2, 3)
             result[piece.windows, :, piece.keys] += flat.transpose(-1, -2) @ query
 
 
@@ -192,13 +180,32 @@ class Mixer:
 
     def __init__(self, pair: Pair, pattern: Pattern) -> None:
         self._pattern = pattern
-        self._like = pair.query
-        self._scores = Scores(pair, pattern, pair)
+        self._pair = _scaled(pair, pattern)
+        self._pieces = list(pieces(pattern, pair.query))
+        self._kept: dict[int, Tensor] = {}
+        self._room = KEPT
 
     def probabilities(self) -> Iterator[tuple[Piece, Float[Tensor, "some groups own rows keys"]]]:
-        """What each query takes of each value, piece by piece."""
-        for piece in pieces(self._pattern, self._like):
-            yield piece, attention(self._scores.scores(piece), self._pattern)
+        """What each query takes of each value, piece by piece; as much as there is room for is kept."""
+        for number, piece in enumerate(self._pieces):
+            taken = self._kept.get(number)
+            if taken is None:
+                taken = self._taken(piece)
+                if taken.numel() <= self._room:
+                    self._room -= taken.numel()
+                    self._kept[number] = taken
+            yield piece, taken
+
+    def _taken(self, piece: Piece) -> Tensor:
+        """Softmax over keys, and the sinks where there are some."""
+        scores, cap = _plain(self._pair, piece), self._pattern.softcap
+        scores = scores if cap is None else _capped(scores, cap)
+        scores = scores.masked_fill_(~piece.seen, torch.finfo(scores.dtype).min)
+        if self._pattern.sinks is None:
+            return scores.softmax(-1)
+        sinks = self._pattern.sinks.to(scores).view(1, scores.shape[1], -1, 1, 1)
+        wide = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
+        return wide.softmax(-1)[..., :-1]
 
     @staticmethod
     def mixed(piece: Piece, taken: Tensor, value: Float[Tensor, "windows groups seqlen dim"]) -> Tensor:
@@ -216,19 +223,24 @@ class Mixer:
         result[piece.windows, :, piece.keys] += taken.flatten(2, 3).transpose(-1, -2) @ flat
 
 
-def attention(
-    scores: Float[Tensor, "some groups own rows keys"], pattern: Pattern
-) -> Float[Tensor, "some groups own rows keys"]:
-    """Softmax over keys, and the sinks where there are some."""
-    if pattern.sinks is None:
-        return scores.softmax(-1)
-    sinks = pattern.sinks.to(scores).view(1, scores.shape[1], -1, 1, 1)
-    wide = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
-    return wide.softmax(-1)[..., :-1]
+def _scaled(pair: Pair, pattern: Pattern) -> Pair:
+    """Queries times the scaling of the scores."""
+    return Pair(pair.query * pattern.scaling, pair.key)
+
+
+def _plain(pair: Pair, piece: Piece) -> Float[Tensor, "some groups own rows keys"]:
+    key = pair.key[piece.windows, :, piece.keys]
+    query = grouped(pair.query[piece.windows, :, piece.rows], key.shape[1])
+    flat = query.flatten(2, 3) @ key.transpose(-1, -2)  # [some, groups, own * rows, keys]
+    return flat.unflatten(2, query.shape[2:4])
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return float(a.flatten() @ b.flatten())
+
+
+def _capped(scores: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(scores / cap)
 
 
 def _slope(scores: Tensor, cap: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
 from mezzotint.submodules.batches import Linears, MlpBatch, product_back
-from mezzotint.submodules.relax import Search, Slope, is_linear, relax, slopes_of
+from mezzotint.submodules.relax import Search, Slope, derivative, relax
 from mezzotint.submodules.vo import least_squares
 
 
@@ -48,21 +48,19 @@ class UpDown:
         """The weight of up by conjugate gradients; that of down in closed form, from the statistics of its inputs."""
         if member == "down":
             return least_squares(self.originals["down"].weight, fit, search)
-        first = next(iter(batches()))
-        linear = is_linear(first.hidden, linears["up"](first.inputs))
 
         def slopes(weight: Tensor) -> Iterator[Slope]:
             changed = {**linears, "up": linears["up"]._replace(weight=weight)}
             for batch in batches():
-                yield self.slope(member, changed, batch, linear=linear)
+                yield self.slope(member, changed, batch)
 
-        return relax(slopes, start, self.originals["up"].weight, fit, search=search, linear=linear)
+        return relax(slopes, start, self.originals["up"].weight, fit, search=search)
 
-    def slope(self, member: str, linears: Linears, batch: MlpBatch, *, linear: bool = False) -> Slope:
-        """The problem of a member around ``linears`` on one batch; ``linear`` says what `is_linear` found."""
+    def slope(self, member: str, linears: Linears, batch: MlpBatch) -> Slope:
+        """The problem of a member around ``linears`` on one batch."""
         assert member == "up"
         outputs = linears["up"](batch.inputs)
-        hidden, push, pull = slopes_of(batch.hidden, outputs, linear=linear)
+        hidden, push, pull, linear = derivative(batch.hidden, outputs)
         down = linears["down"].weight
 
         def residual() -> tuple[float, Tensor]:
@@ -74,7 +72,11 @@ class UpDown:
             return pull(batch.outer.weighted(found)).flatten(0, 1)
 
         return Slope(
-            inputs=batch.inputs.flatten(0, 1), tokens=batch.outer.tokens, residual=residual, curvature=curvature
+            inputs=batch.inputs.flatten(0, 1),
+            tokens=batch.outer.tokens,
+            residual=residual,
+            curvature=curvature,
+            linear=linear,
         )
 
     def _off(self, linears: Linears, batch: MlpBatch, hidden: Tensor) -> Tensor:

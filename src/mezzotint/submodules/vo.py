@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
 from mezzotint.submodules.batches import AttentionBatch, Linears, product_back
-from mezzotint.submodules.relax import Search, Slope, is_linear, relax, slopes_of
+from mezzotint.submodules.relax import Search, Slope, derivative, relax
 from mezzotint.submodules.scores import Mixer, Pair
 from mezzotint.targets.loaq import Loaq
 
@@ -51,23 +51,21 @@ class ValueOutput:
         """The weight of v by conjugate gradients; that of o in closed form, from the statistics of its inputs."""
         if member == "o":
             return least_squares(self.originals["o"].weight, fit, search)
-        first = next(iter(batches()))
-        linear = is_linear(first.value, linears["v"](first.inputs))
 
         def slopes(weight: Tensor) -> Iterator[Slope]:
             changed = {**linears, "v": linears["v"]._replace(weight=weight)}
             for batch in batches():
-                yield self.slope(member, changed, batch, linear=linear)
+                yield self.slope(member, changed, batch)
 
-        return relax(slopes, start, self.originals["v"].weight, fit, search=search, linear=linear)
+        return relax(slopes, start, self.originals["v"].weight, fit, search=search)
 
-    def slope(self, member: str, linears: Linears, batch: AttentionBatch, *, linear: bool = False) -> Slope:
-        """The problem of a member around ``linears`` on one batch; ``linear`` says what `is_linear` found."""
+    def slope(self, member: str, linears: Linears, batch: AttentionBatch) -> Slope:
+        """The problem of a member around ``linears`` on one batch."""
         assert member == "v"
         outer, output = batch.outer, linears["o"].weight
         assert outer is not None
         outputs = linears["v"](batch.inputs)
-        value, push, pull = slopes_of(batch.value, outputs, linear=linear)
+        value, push, pull, linear = derivative(batch.value, outputs)
         mixer = _mixer(linears, batch)
 
         def residual() -> tuple[float, Tensor]:
@@ -88,7 +86,7 @@ class ValueOutput:
 
         return Slope(
             inputs=batch.inputs.flatten(0, 1), tokens=batch.pattern.tokens(batch.inputs), residual=residual,
-            curvature=curvature,
+            curvature=curvature, linear=linear,
         )  # fmt: skip
 
     def _residual(
@@ -109,8 +107,11 @@ class ValueOutput:
 
 
 def _mixer(linears: Linears, batch: AttentionBatch) -> Mixer:
-    inputs = batch.inputs
-    return Mixer(Pair(batch.query(linears["q"](inputs)), batch.key(linears["k"](inputs))), batch.pattern)
+    query, key, inputs = linears["q"], linears["k"], batch.inputs
+    return batch.mixer.get(
+        (query.weight, key.weight),
+        lambda: Mixer(Pair(batch.query(query(inputs)), batch.key(key(inputs))), batch.pattern),
+    )
 
 
 def least_squares(weight: Float[Tensor, "out in"], fit: Statistics, search: Search) -> Float[Tensor, "out in"]:
