@@ -212,7 +212,7 @@ class BlockRun:
 
     def restart(self) -> None:
         """Leave the block: the next stop starts from the front, with the weights as they are then."""
-        self._run = None
+        self._leave()
 
     def finish(self) -> Tensor:
         """Run to the end and give the block's output."""
