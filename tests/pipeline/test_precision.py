@@ -66,7 +66,7 @@ def test_an_unknown_precision_is_refused() -> None:
 def test_evaluation_keeps_states_of_each_precision_apart(tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantized(TINY_LLAMA, out, "rtn", bits=4)
-    options = {"against": TINY_LLAMA, "seqlen": 64, "cache": tmp_path / "states"}
+    options = {"against": TINY_LLAMA, "seqlen": 32, "windows": 4, "cache": tmp_path / "states"}
     exact, rounded, again = (
         evaluate(out, str(TEXT), precision=p, **options) for p in ("float32", "bfloat16", "float32")
     )
