@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.mezzotint-stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := CMakeLists.txt $(wildcard src/mezzotint/kernels/cpp/*)
-# 8 minutes, then 30 s to die; `timeout` belongs to coreutils, so a machine without it runs unlimited.
-LIMIT := $(shell command -v timeout >/dev/null && echo timeout --kill-after=30 480)
+# 9 minutes, then 30 s to die; `timeout` belongs to coreutils, so a machine without it runs unlimited.
+LIMIT := $(shell command -v timeout >/dev/null && echo timeout --kill-after=30 540)
 JOBS ?= 2
 
 .PHONY: venv demo docs test test-slow test-engines test-gpu check bench clean
