@@ -162,11 +162,10 @@ class CodebookGrid(ABC):
         Raises:
             ConfigError: the range is weighted and there is no importance.
         """
-        if self.range == "weighted" and importance is None:
-            raise ConfigError("grid.range is 'weighted' but there are no statistics; use 'error' or 'rms' instead.")
+        importance = scales.importance_for(self.range, importance, "'error' or 'rms'")
         wide = target.detach() if target.dtype == torch.float64 else target.detach().float()
         rows, width = wide.shape
-        weight = torch.ones_like(wide[0]) if self.range != "weighted" or importance is None else importance.to(wide)
+        weight = torch.ones_like(wide[0]) if importance is None else importance.to(wide)
         search = ScaleSearch(
             codebook=self.codebook(wide.dtype, wide.device),
             range=self.range,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mezzotint import kernels
 from mezzotint.core.contracts import Affine, Bits
 from mezzotint.errors import ConfigError
+from mezzotint.grids import scales
 from mezzotint.grids.feedback import feed_tiles_
 from mezzotint.grids.gguf_fit import BlockSearch, nearest_entry, table_values
 from mezzotint.grids.gguf_types import BLOCK_TYPES, BlockType, TypeName
@@ -115,14 +116,13 @@ class GgufGrid:
         Raises:
             ConfigError: the range is weighted and there is no importance.
         """
-        if self.range == "weighted" and importance is None:
-            raise ConfigError("grid.range is 'weighted' but there are no statistics; use 'error' instead.")
+        importance = scales.importance_for(self.range, importance, "'error'")
         wide = target.detach() if target.dtype == torch.float64 else target.detach().float()
         rows, width = wide.shape
         t = self.block_type
         shape = (-1, width // t.block, t.groups, t.group)
         weight = torch.ones_like(wide[0])
-        if self.range == "weighted" and importance is not None:
+        if importance is not None:
             given = importance.to(wide)
             # dead inputs count a little, so that every group has a best scale
             weight = given + 1e-6 * given.mean() if bool(given.any()) else weight

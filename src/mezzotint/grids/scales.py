@@ -32,6 +32,24 @@ def check_group_size(group_size: GroupSize, tile: int = 1) -> None:
         )
 
 
+def importance_for(range_: str, importance: Tensor | None, instead: str) -> Tensor | None:
+    """What the fit of a range weighs errors by: None unless it is the weighted one.
+
+    Args:
+        range_: the setting ``range``.
+        importance: mean square of each input (diag H), if known.
+        instead: ranges that need none, for the message.
+
+    Raises:
+        ConfigError: the range is weighted and there is no importance.
+    """
+    if range_ != "weighted":
+        return None
+    if importance is None:
+        raise ConfigError(f"grid.range is 'weighted' but there are no statistics; use {instead} instead.")
+    return importance
+
+
 def resolve_group_size(
     group_size: GroupSize, width: int, widths: Collection[int], scale_per: ScalePer = "group"
 ) -> int | None:

@@ -131,10 +131,8 @@ class UniformGrid:
         Raises:
             ConfigError: the range is weighted and there is no importance.
         """
-        if self.range == "weighted" and importance is None:
-            raise ConfigError("grid.range is 'weighted' but there are no statistics; use 'error' or 'minmax' instead.")
+        importance = scales.importance_for(self.range, importance, "'error' or 'minmax'")
         rows, width = target.shape
-        importance = importance if self.range == "weighted" else None
         if self.scale_per == "matrix":  # one long row
             weight = None if importance is None else importance.repeat(rows)
             scale, zero_point = (

@@ -212,7 +212,8 @@ def predicted(
     if isinstance(grid, TrellisGrid):
         ratio = 1.0
         if known is not None:
-            ratio = block_ldl_ratio(known, grid.tile[1], rounding.damping, order=rounding.order)  # pyright: ignore[reportAttributeAccessIssue]
+            feedback = _feedback(rounding)
+            ratio = block_ldl_ratio(known, grid.tile[1], feedback.damping, order=feedback.order)
         return sensitivity.fisher * measured(grid.states)[grid.rate].distortion * ratio
     rows = slice(None, None, max(1, weight.shape[0] // _ROWS))
     part = weight[rows].float()
@@ -223,9 +224,16 @@ def predicted(
 
 def _on_equal_inputs(rounding: Rounding) -> Rounding:
     """What roundings that see the drift of the inputs do where there is none."""
-    if rounding.needs <= {"gram"}:
-        return rounding
-    return Gptq(damping=rounding.damping, order=rounding.order)  # pyright: ignore[reportAttributeAccessIssue]
+    return rounding if rounding.needs <= {"gram"} else _feedback(rounding)
+
+
+def _feedback(rounding: Rounding) -> Gptq:
+    """GPTQ with the damping and the order of another rounding, as far as it has them."""
+    usual = Gptq()
+    return Gptq(
+        damping=getattr(rounding, "damping", usual.damping),
+        order=getattr(rounding, "order", usual.order),
+    )
 
 
 def price(

@@ -1,15 +1,15 @@
 """What the submodules of a block see of one batch of windows, in both streams."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
-from mezzotint.submodules.relax import Search
+from mezzotint.submodules.relax import Batches, Search, Slope
 from mezzotint.submodules.scores import Pattern
 
 T = TypeVar("T")
@@ -167,6 +167,22 @@ class Submodule(Protocol):
     ) -> Float[Tensor, "rows in"]:
         """The member's weight that is best for the submodule, the other linears held fixed."""
         ...
+
+
+@runtime_checkable
+class _Sloped(Protocol):
+    def slope(self, member: str, linears: Linears, batch: Any) -> Slope: ...
+
+
+def slopes(part: _Sloped, member: str, linears: Linears, batches: Callable[[], Iterable[Any]]) -> Batches:
+    """The problem of a member, batch by batch, at any weight of it."""
+
+    def at(weight: Tensor) -> Iterator[Slope]:
+        changed = {**linears, member: linears[member]._replace(weight=weight)}
+        for batch in batches():
+            yield part.slope(member, changed, batch)
+
+    return at
 
 
 def product_back(outputs: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "*tokens in"]:

@@ -1,6 +1,6 @@
 """Queries and keys: scores before the softmax."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
-from mezzotint.submodules.batches import AttentionBatch, Linears
+from mezzotint.submodules.batches import AttentionBatch, Linears, slopes
 from mezzotint.submodules.relax import Search, Slope, derivative, relax
 from mezzotint.submodules.scores import Metric, Mixer, Pair, Scores, Side
 
@@ -58,13 +58,7 @@ class QueryKey:
         search: Search,
     ) -> Float[Tensor, "rows in"]:
         """The weight of q or k that is best for the scores, the other one held fixed."""
-
-        def slopes(weight: Tensor) -> Iterator[Slope]:
-            changed = {**linears, member: linears[member]._replace(weight=weight)}
-            for batch in batches():
-                yield self.slope(member, changed, batch)
-
-        return relax(slopes, start, self.originals[member].weight, fit, search=search)
+        return relax(slopes(self, member, linears, batches), start, self.originals[member].weight, fit, search=search)
 
     def slope(self, member: str, linears: Linears, batch: AttentionBatch) -> Slope:
         """The problem of a member around ``linears`` on one batch."""

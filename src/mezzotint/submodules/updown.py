@@ -1,6 +1,6 @@
 """The two linears of an MLP: the residual stream after it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
-from mezzotint.submodules.batches import Linears, MlpBatch, product_back
+from mezzotint.submodules.batches import Linears, MlpBatch, product_back, slopes
 from mezzotint.submodules.relax import Search, Slope, derivative, relax
 from mezzotint.submodules.vo import least_squares
 
@@ -48,13 +48,7 @@ class UpDown:
         """The weight of up by conjugate gradients; that of down in closed form, from the statistics of its inputs."""
         if member == "down":
             return least_squares(self.originals["down"].weight, fit, search)
-
-        def slopes(weight: Tensor) -> Iterator[Slope]:
-            changed = {**linears, "up": linears["up"]._replace(weight=weight)}
-            for batch in batches():
-                yield self.slope(member, changed, batch)
-
-        return relax(slopes, start, self.originals["up"].weight, fit, search=search)
+        return relax(slopes(self, member, linears, batches), start, self.originals[member].weight, fit, search=search)
 
     def slope(self, member: str, linears: Linears, batch: MlpBatch) -> Slope:
         """The problem of a member around ``linears`` on one batch."""

@@ -1,6 +1,6 @@
 """Values and the output projection: the residual stream after attention."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
-from mezzotint.submodules.batches import AttentionBatch, Linears, product_back
+from mezzotint.submodules.batches import AttentionBatch, Linears, product_back, slopes
 from mezzotint.submodules.relax import Search, Slope, derivative, relax
 from mezzotint.submodules.scores import Mixer, Pair
 from mezzotint.targets.loaq import Loaq
@@ -51,13 +51,7 @@ class ValueOutput:
         """The weight of v by conjugate gradients; that of o in closed form, from the statistics of its inputs."""
         if member == "o":
             return least_squares(self.originals["o"].weight, fit, search)
-
-        def slopes(weight: Tensor) -> Iterator[Slope]:
-            changed = {**linears, "v": linears["v"]._replace(weight=weight)}
-            for batch in batches():
-                yield self.slope(member, changed, batch)
-
-        return relax(slopes, start, self.originals["v"].weight, fit, search=search)
+        return relax(slopes(self, member, linears, batches), start, self.originals[member].weight, fit, search=search)
 
     def slope(self, member: str, linears: Linears, batch: AttentionBatch) -> Slope:
         """The problem of a member around ``linears`` on one batch."""
