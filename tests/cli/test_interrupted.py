@@ -148,7 +148,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     names = {path.name for path in partial.iterdir()}
     assert "model.safetensors" in names
     assert names == {"model.safetensors", "shards.written", "work"}
-    assert not any(path.name.startswith("stream-") for path in partial.rglob("*"))
+    assert not any(path.name.startswith("spill-") for path in partial.rglob("*"))
     # even with the rest put beside them, the weights are none that anybody reads
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(TINY_LLAMA / name, partial / name)

@@ -116,7 +116,7 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     store = Store(Budget(0), tmp_path)
     store.put(0, torch.ones(1000))
-    os.truncate(next(path for path in Path("/proc/self/fd").iterdir() if "stream-" in str(path.readlink())), 100)
+    os.truncate(next(path for path in Path("/proc/self/fd").iterdir() if "spill-" in str(path.readlink())), 100)
     with pytest.raises(WriteError, match=r"spilled into .* 4000 bytes were written, 100 are there.*--resume"):
         store.get(0)
     store.close()
@@ -167,4 +167,4 @@ def test_a_failed_run_gives_its_files_back(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(WriteError, match="on purpose"):
         quantized(TINY_LLAMA, tmp_path / "out", memory=least_memory(TINY_LLAMA))
     assert open_files() == opened
-    assert not list(tmp_path.rglob("stream-*"))
+    assert not list(tmp_path.rglob("spill-*"))

@@ -3,13 +3,16 @@
 MATH.md section 0: ``gram = sum w xh xh'``, ``drift = sum w (x - xh) xh'``, ``residual = sum w (r - rh) xh'``.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mezzotint.core import panels
 from mezzotint.core.linalg import Factor, cholesky_upper, inverse_cholesky_upper, with_enough_damping
+from mezzotint.core.panels import Storage, StoredSquare
 
 _PANEL = 256
 
@@ -167,6 +170,7 @@ class Accumulator:
         rows: number of output rows, for ``residual``.
         device: where the sums live.
         dtype: of the sums; float32 or wider.
+        storage: makes room of so many bytes for squares that are larger than a panel; None keeps them in memory.
     """
 
     def __init__(
@@ -177,10 +181,17 @@ class Accumulator:
         rows: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        storage: Callable[[int], Storage] | None = None,
     ) -> None:
+        def square() -> Tensor:
+            size = width * width * dtype.itemsize
+            if storage is not None and size > panels.PANEL_BYTES:
+                return StoredSquare(width, dtype, storage(size))
+            return torch.zeros(width, width, dtype=dtype, device=device)
+
         self.tokens = 0.0
-        self.gram = torch.zeros(width, width, dtype=dtype, device=device)
-        self.drift = torch.zeros(width, width, dtype=dtype, device=device) if "drift" in needs else None
+        self.gram = square()
+        self.drift = square() if "drift" in needs else None
         self.residual = torch.zeros(rows, width, dtype=dtype, device=device) if "residual" in needs else None
         self.mean_abs = torch.zeros(width, dtype=dtype, device=device) if "mean_abs" in needs else None
 
@@ -218,27 +229,33 @@ class Accumulator:
         weighted = xh if weights is None else xh * weights.to(xh.dtype).unsqueeze(-1)
         self.tokens += float(xh.shape[0] if weights is None else weights.sum(dtype=torch.float64))
         # symmetric: what lies left of each panel's diagonal block is filled in at the end
-        for start in range(0, xh.shape[1], _PANEL):
-            end = start + _PANEL
-            self.gram[start:end, start:].addmm_(weighted[:, start:end].t(), xh[:, start:])
+        for start, rows in _panels_(self.gram, _PANEL):
+            rows[:, start:].addmm_(weighted[:, start : start + len(rows)].t(), xh[:, start:])
         if self.drift is not None and original is not None:
-            self.drift.addmm_((original.to(xh.dtype) - xh).t(), weighted)
+            drift = original.to(xh.dtype) - xh
+            for start, rows in _panels_(self.drift, len(self.drift)):
+                rows.addmm_(drift[:, start : start + len(rows)].t(), weighted)
         if self.residual is not None and residual is not None:
             self.residual.addmm_(residual.to(xh.dtype).t(), weighted)
         if self.mean_abs is not None:
             self.mean_abs.add_(weighted.abs().sum(0))
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The sums so far, besides `tokens`; those of several sets of tokens may be added in place before `finish`."""
-        found = self.gram, self.drift, self.residual, self.mean_abs
-        return tuple(value for value in found if value is not None)
+    def tensors_(self) -> Iterator[Tensor]:
+        """The sums so far, besides `tokens`, to be changed in place before `finish`: those of other tokens added.
+
+        A sum that lies in a storage comes in panels, of which one is in memory at a time.
+        """
+        for value in (self.gram, self.drift, self.residual, self.mean_abs):
+            if value is not None:
+                yield from (rows for _, rows in _panels_(value, len(value)))
 
     def finish(self) -> Statistics:
         """The sums so far (not copied)."""
-        for start in range(_PANEL, self.gram.shape[1], _PANEL):
-            end = start + _PANEL
-            self.gram[start:end, :start] = self.gram[:start, start:end].t()
+        if isinstance(self.gram, StoredSquare):
+            self.gram.reflect_()
+        else:
+            for start, rows in _panels_(self.gram, _PANEL):
+                rows[:, :start] = self.gram[:start, start : start + len(rows)].t()
         return Statistics(
             tokens=self.tokens,
             gram=self.gram,
@@ -246,3 +263,12 @@ class Accumulator:
             residual=self.residual,
             mean_abs=self.mean_abs,
         )
+
+
+def _panels_(sums: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows of sums from the one named on, to be changed in place; of one in a storage as many as a panel has."""
+    if isinstance(sums, StoredSquare):
+        yield from sums.panels_()
+    else:
+        for start in range(0, len(sums), step):
+            yield start, sums[start : start + step]

@@ -84,6 +84,7 @@ def calibrated_streams(
         folder=folder,
         stream_bytes=planned.costs.stream_bytes if request.memory is not None else None,
         keep_runs=planned.costs.keep_runs,
+        panels=planned.costs.panels,
         device=request.device,
         precision=planned.precision,
         saved=saved,

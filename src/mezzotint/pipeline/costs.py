@@ -1,7 +1,7 @@
 """What a run costs, predicted from shapes: memory of the process, and floating-point work."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from mezzotint.core.files import Entry
 from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
-from mezzotint.pipeline.memory import BASE_BYTES, Tokens, phases, unbounded, windows_of_batches
+from mezzotint.pipeline.memory import BASE_BYTES, Phases, Tokens, phases, unbounded, windows_of_batches
 from mezzotint.pipeline.ranks import dealt
 
 START_SECONDS = 2.0  # opening, planning, writing
@@ -43,6 +43,7 @@ class Costs:
         least_memory_bytes: the smallest limit that can be kept.
         stream_bytes: activations that may stay in memory; more is spilled to a file.
         keep_runs: every batch may wait inside a block, so that no prefix is computed twice.
+        panels: wide squares of sums lie in files and are worked on a panel at a time.
         flops: of all forwards, statistics and roundings.
     """
 
@@ -50,6 +51,7 @@ class Costs:
     least_memory_bytes: int
     stream_bytes: int
     keep_runs: bool
+    panels: bool
     flops: float
 
 
@@ -59,6 +61,7 @@ def estimate(
     *,
     calibration: CalibrationPlan | None,
     memory: int | None,
+    device: str = "cpu",
     ranks: int = 1,
 ) -> Costs:
     """Costs of a run with that calibration, if any is needed.
@@ -68,6 +71,7 @@ def estimate(
         entries: what is done.
         calibration: None if nothing needs it.
         memory: bytes that each process may take; None is no limit.
+        device: that computes; sums lie in files on the CPU only.
         ranks: processes that share the work.
 
     Raises:
@@ -77,11 +81,14 @@ def estimate(
     found = phases(source, entries, tokens)
     sampled = calibration is not None and calibration.source == "self"
     sampling = BASE_BYTES + int(_stored(source) * SAMPLING_BYTES) if sampled else 0
-    least = max(phase.peak(0, keep_runs=False) for phase in found)
+    filed = phases(source, entries, tokens, panels=device == "cpu")
+    least, panels = _least(filed), False
     whole = max(phase.peak(phase.spilled, keep_runs=True) for phase in found)
     room, keep_runs, peak = whole, True, unbounded(whole)
     if memory is not None:
         _check(memory, least, sampling)
+        panels = memory < _least(found)
+        found = filed if panels else found
         keep_runs = max(phase.peak(0, keep_runs=True) for phase in found) <= memory
         room = min(memory - phase.peak(0, keep_runs=keep_runs) for phase in found)
         peak = max(phase.peak(room, keep_runs=keep_runs) for phase in found)
@@ -90,8 +97,14 @@ def estimate(
         least_memory_bytes=max(least, sampling),
         stream_bytes=room,
         keep_runs=keep_runs,
+        panels=panels,
         flops=_flops(source, entries, 0 if tokens is None else tokens.total, sampled=sampled, ranks=ranks),
     )
+
+
+def _least(found: Iterable[Phases]) -> int:
+    """Memory in which it can be done."""
+    return max(phase.peak(0, keep_runs=False) for phase in found)
 
 
 def _largest_share(calibration: CalibrationPlan, ranks: int) -> Tokens:

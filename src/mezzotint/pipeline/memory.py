@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mezzotint.core import panels as squares
 from mezzotint.core.contracts import Block
 from mezzotint.core.files import Entry
 from mezzotint.models import Source
@@ -80,8 +81,13 @@ class Phases:
         return self.fixed + min(self.spilled, room) + (self.waiting if keep_runs else self.passing)
 
 
-def phases(source: Source, entries: Sequence[Entry], tokens: Tokens | None) -> tuple[Phases, ...]:
-    """What is in memory in every phase of every block, the largest of alike blocks once."""
+def phases(
+    source: Source, entries: Sequence[Entry], tokens: Tokens | None, *, panels: bool = False
+) -> tuple[Phases, ...]:
+    """What is in memory in every phase of every block, the largest of alike blocks once.
+
+    With ``panels`` wide squares of sums lie in files, see `StoredSquare`.
+    """
     by_name = {entry.matrix: entry for entry in entries}
     found = {Phases(fixed=BASE_BYTES + _from_checkpoint(source, by_name, tokens))}
     if tokens is not None:
@@ -90,7 +96,7 @@ def phases(source: Source, entries: Sequence[Entry], tokens: Tokens | None) -> t
         found.add(Phases(fixed=BASE_BYTES + embedding * (_FLOAT + stored)))
         for block in source.map.blocks:
             if any(name in by_name and by_name[name].needs for group in block.groups for name in group.matrices):
-                found.update(_block(source, block, by_name, tokens))
+                found.update(_block(source, block, by_name, tokens, panels=panels))
     return tuple(found)
 
 
@@ -107,7 +113,7 @@ def _from_checkpoint(source: Source, by_name: Mapping[str, Entry], tokens: Token
     return max(sizes)
 
 
-def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: Tokens) -> set[Phases]:
+def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: Tokens, *, panels: bool) -> set[Phases]:
     matrices = source.map.matrices
     hidden = source.config.get_text_config().hidden_size
     names = [name for group in block.groups for name in group.matrices]
@@ -127,7 +133,7 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
             _sums(
                 [by_name[n] for n in g.matrices if n in by_name],
                 g.added_to_residual,
-                w * w * _FLOAT,
+                _Square(w, panels=panels),
                 w * hidden * _FLOAT,
             )
             for g, w in zip(block.groups, widths, strict=True)
@@ -152,7 +158,7 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
         held = {"waiting": tokens.total * each, "passing": tokens.batch * each}
         sharing = Counter(matrices[entry.matrix].expert for entry in members)
         experts = len({matrices[name].expert for name in group.matrices})
-        square = width * width * _FLOAT
+        square = _Square(width, panels=panels)
         sums = experts * _sums(members, group.added_to_residual, square, width * hidden * _FLOAT)
         measuring = base + sums + forward
         alone = max(sharing.values()) == 1
@@ -169,19 +175,34 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
     return found
 
 
-def _sums(members: Sequence[Entry], added: bool, square: int, residual: int) -> int:
+class _Square:
+    """Bytes of a square of sums."""
+
+    def __init__(self, width: int, *, panels: bool) -> None:
+        self.bytes = width * width * _FLOAT
+        self.filed = panels and self.bytes > squares.PANEL_BYTES
+
+    @property
+    def kept(self) -> int:
+        """In memory for as long as the group is worked on."""
+        return 0 if self.filed else self.bytes
+
+
+def _sums(members: Sequence[Entry], added: bool, square: _Square, residual: int) -> int:
     """Sums over the windows that are fitted on and over those that are held out."""
-    sizes = {"gram": square, "drift": square, "residual": residual if added else 0}
+    sizes = {"gram": square.kept, "drift": square.kept, "residual": residual if added else 0}
     needs = frozenset().union(*(entry.needs for entry in members))
     judged = needs & frozenset().union(*(entry.judges for entry in members))
-    return sum(sizes.get(name, 0) for names in (needs, judged) for name in names)
+    return squares.PANEL_BYTES * square.filed + sum(sizes.get(name, 0) for names in (needs, judged) for name in names)
 
 
-def _solving(entry: Entry, matrix: int, square: int, *, alone: bool) -> int:
+def _solving(entry: Entry, matrix: int, square: _Square, *, alone: bool) -> int:
     """Factors and copies of one matrix; only where others need it too, the ridge stays while there is a factor."""
-    ridge = square if "drift" in entry.target.needs else 0
-    turned = 2 * square if entry.basis is not None else 0
-    factor = square if "gram" in entry.rounding.needs else 0
+    ridge = square.bytes if "drift" in entry.target.needs else 0
+    turned = 2 * square.bytes if entry.basis is not None else 0
+    factor = square.bytes if "gram" in entry.rounding.needs else 0
+    if square.filed and (entry.refinement is not None or "drift" in entry.rounding.needs):
+        factor += square.bytes  # these take pieces of a sum again and again, so that it is read as a whole
     factors = max(ridge, turned + factor) if alone else ridge + turned + factor
     return factors + (_SOLVING + _REFINING * (entry.refinement is not None)) * matrix
 

@@ -105,7 +105,9 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
     if calibrate or any(entry.needs for entry in entries):
         calibration = _calibration(source, entries, request)
     precision = _precision(source, request)
-    costs = estimate(source, entries, calibration=calibration, memory=request.memory, ranks=request.ranks)
+    costs = estimate(
+        source, entries, calibration=calibration, memory=request.memory, device=request.device, ranks=request.ranks
+    )
     plan = Plan(
         entries=tuple(entries),
         kept=kept,

@@ -1,15 +1,14 @@
 """Where tensors live: in memory up to a budget, in a file past it."""
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mezzotint.errors import NonFiniteError, WriteError
+from mezzotint.errors import NonFiniteError
+from mezzotint.pipeline.scratch import Scratch
 
 
 class Budget:
@@ -45,8 +44,6 @@ class _Place(NamedTuple):
 class Store:
     """Tensors by index; those that do not fit the budget go to a temporary file.
 
-    The file is read and written by offset, not mapped: mapped pages would count as memory of the process.
-
     Args:
         budget: shared with other stores.
         folder: where the temporary file is made when it is needed.
@@ -57,7 +54,7 @@ class Store:
         self._folder = folder
         self._held: dict[int, Tensor] = {}
         self._spilled: dict[int, tuple[_Place, torch.Size, torch.dtype, torch.device]] = {}
-        self._file: int | None = None
+        self._file: Scratch | None = None
         self._end = 0
         self._free: list[_Place] = []
 
@@ -71,14 +68,14 @@ class Store:
             self._release(index)
             return
         if self._file is None:
-            self._file = self._open()
+            self._file = Scratch(self._folder, "activations")
         known = self._spilled.get(index)
         if known is None or known[0].size < nbytes:
             self._release(index)
             place = self._place(nbytes)
         else:
             place = known[0]
-        self._write(value.detach().cpu().contiguous().flatten().view(torch.uint8), place.offset)
+        self._file.write(value.detach().cpu().contiguous(), place.offset)
         self._spilled[index] = (place, value.shape, value.dtype, value.device)
 
     def get(self, index: int) -> Tensor:
@@ -87,16 +84,7 @@ class Store:
             return self._held[index]
         place, shape, dtype, device = self._spilled[index]
         assert self._file is not None
-        value = torch.empty(shape, dtype=dtype)
-        view = value.flatten().view(torch.uint8).numpy().data
-        done = 0
-        while done < len(view) and (count := os.preadv(self._file, [view[done:]], place.offset + done)):
-            done += count
-        if done < len(view):
-            raise WriteError(
-                f"activations spilled into {str(self._folder)!r} are lost: {len(view)} bytes were written, {done} are "
-                "there. Look after the disk, and run the same command with --resume."
-            )
+        value = self._file.read_(torch.empty(shape, dtype=dtype), place.offset)
         return value.to(device)
 
     def pop(self, index: int) -> Tensor:
@@ -115,7 +103,7 @@ class Store:
         self._held.clear()
         self._spilled.clear()
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     @property
@@ -138,25 +126,6 @@ class Store:
         known = self._spilled.pop(index, None)
         if known is not None:
             self._free.append(known[0])
-
-    def _open(self) -> int:
-        # unlinked at once: nothing is left behind, however the process ends
-        handle, name = tempfile.mkstemp(dir=self._folder, prefix="stream-")
-        Path(name).unlink()
-        return handle
-
-    def _write(self, data: Tensor, offset: int) -> None:
-        assert self._file is not None
-        view = data.numpy().data
-        done = 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._file, view[done:], offset + done)
-        except OSError as error:
-            raise WriteError(
-                f"cannot spill {len(view)} bytes of activations into {str(self._folder)!r}: {error.strerror}. "
-                "Free space there, or raise --memory so that less is spilled."
-            ) from error
 
 
 def check_finite(name: str, value: Tensor) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from mezzotint.pipeline.memory import windows_of_batches
 from mezzotint.pipeline.ranks import ALONE, Ranks, dealt
 from mezzotint.pipeline.residency import Budget, Store
 from mezzotint.pipeline.saved import Index, Saved, save
+from mezzotint.pipeline.scratch import Scratch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def _outside(module: nn.Module, name: str, paths: Sequence[str]) -> Iterator[tup
 def summed(ranks: Ranks, sums: Accumulator) -> Statistics:
     """What all ranks have summed, each over its own batches."""
     (sums.tokens,) = ranks.total(sums.tokens)
-    ranks.add_(sums.tensors)
+    ranks.add_(sums.tensors_())
     return sums.finish()
 
 
@@ -103,6 +105,7 @@ class Streams:
         folder: where streams are spilled.
         stream_bytes: of hidden states that may stay in memory; None is no limit.
         keep_runs: batches may wait inside a block.
+        panels: wide squares of sums lie in files.
         dtype: of hidden states.
         precision: of matrix products in blocks and sums, see `products_in`.
         saved: hidden states to start from, of an earlier `save` on every rank; None starts from the tokens.
@@ -111,6 +114,7 @@ class Streams:
     Attributes:
         batches: of this rank.
         ranks: that have the others.
+        storage: makes room for wide squares of sums; None is in memory.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Streams:
         folder: Path,
         stream_bytes: int | None,
         keep_runs: bool,
+        panels: bool = False,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         precision: str = "float32",
@@ -131,6 +136,7 @@ class Streams:
     ) -> None:
         self.dtype = dtype
         self.ranks = ranks
+        self.storage = partial(Scratch, folder, "sums") if panels else None
         self._precision = precision
         whole = [*batches_of(fit, False), *batches_of(held_out, True, len(fit))]
         own = dealt([len(batch.tokens) for batch in whole], ranks.size)[ranks.number]
@@ -278,7 +284,8 @@ class Streams:
         if norm is not None:
             materialize(module, path, self._source.checkpoint, dtype=self.dtype, device=self._device)
         width = self._source.config.get_text_config().hidden_size
-        sums = [Accumulator(width, needs - {"residual"}, device=self._device) for _ in (False, True)]
+        kept = needs - {"residual"}
+        sums = [Accumulator(width, kept, device=self._device, storage=self.storage) for _ in (False, True)]
         for index, batch in enumerate(self.batches):
             with torch.no_grad():
                 hidden = module(self._quantized.get(index)).flatten(0, -2)

@@ -275,7 +275,11 @@ class Sweep:
         judged = needs & frozenset().union(*(self._entries[n].judges for n in group.matrices if n in self._entries))
         sums = {
             (expert, held): Accumulator(
-                width, judged if held else needs, rows=matrices[0].shape[0], device=self._device
+                width,
+                judged if held else needs,
+                rows=matrices[0].shape[0],
+                device=self._device,
+                storage=streams.storage,
             )
             for expert, width in widths.items()
             for held in (False, True)

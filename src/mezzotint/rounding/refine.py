@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.contracts import AffineGrid, FittedGrid, Grid, Quadratic, Rounded
+from mezzotint.core.panels import in_memory
 from mezzotint.errors import ConfigError
 from mezzotint.grids.uniform import UniformGrid
 
@@ -119,7 +120,7 @@ def descend_codes(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     """
     grid = rounded.grid
     assert isinstance(grid, AffineGrid)
-    gram = quadratic.gram.to(rounded.value.dtype)
+    gram = in_memory(quadratic.gram).to(rounded.value.dtype)
     value, code = rounded.value.clone(), rounded.code.clone()
     gradient = value @ gram - quadratic.cross
     width = value.shape[1]
@@ -143,7 +144,7 @@ def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     """
     grid = rounded.grid
     assert isinstance(grid, AffineGrid)
-    gram = quadratic.gram.to(rounded.value.dtype)
+    gram = in_memory(quadratic.gram).to(rounded.value.dtype)
     value = rounded.value.clone()
     scale, zero_point = grid.scale.clone(), grid.zero_point.clone()
     gradient = value @ gram - quadratic.cross
