@@ -303,6 +303,19 @@ def ranks() -> list[str]:
     return [f"QEP with GPTQ on {rows[0]['model']}, protocol *short* (`python -m benchmarks ranks`):", "", *lines]
 
 
+def latencies() -> list[str]:
+    """Predicted against measured time of a token."""
+    result = json.loads((HERE / "results" / "latency.json").read_text(encoding="utf-8"))
+    lines = ["| allocation | stored bits | predicted, ms | measured, ms | ratio |", "|---|---|---|---|---|"]
+    for r in result["rows"]:
+        times = f"{r['predicted_ms']:.1f} | {r['measured_ms']:.1f} | {r['ratio']:.2f}"
+        lines.append(f"| {r['allocation']} | {r['bits_per_weight']:.2f} | {times} |")
+    threads = "one thread" if result["settings"]["threads"] == 1 else f"{result['settings']['threads']} threads"
+    constant = result["rows"][0]["constant_ms"]
+    what = f"A token of {result['model']} with {threads}, of which {constant:.0f} ms are beside its matrices"
+    return [f"{what} (`python -m benchmarks.latency`):", "", *lines]
+
+
 def filled(text: str, *blocks: list[str]) -> str:
     """The page with its results in place."""
     body = "\n" + "\n\n".join("\n".join(block) for block in blocks) + "\n"
@@ -316,7 +329,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
         ROOT / "README.md": (quality(), trellises(), generation(), costs()),
         docs / "propagation.md": (screened(), corrections()),
         docs / "bases.md": (bases(), bases_short()),
-        docs / "allocation.md": (allocations(),),
+        docs / "allocation.md": (allocations(), latencies()),
         docs / "long-runs.md": tuple(block for block in (bounded(), growth(), ranks()) if block),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
         docs / "choose.md": (quality(), corrections(), trellises(), generation(), costs()),

@@ -12,6 +12,7 @@ import mezzotint
 from mezzotint.core.contracts import Aim
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError, FormatError
+from mezzotint.formats.native import Scheme
 from mezzotint.models import Source
 from mezzotint.pipeline import allocate, pricing
 from mezzotint.pipeline.allocate import Allocated, allocated
@@ -235,16 +236,33 @@ def test_a_speed_is_a_budget_too() -> None:
 
 def test_latencies_are_measured_once(tmp_path: Path) -> None:
     grid = request_of(TINY_LLAMA, "palette", bits=3.0).recipe.stages().grid
-    latency = Latency(tmp_path / "times.json")
+    latency = Latency(10**6, tmp_path / "times.json")
     first = latency.seconds((64, 64), grid, None)
     assert 0 < first < 1
     latency.save()
-    again = Latency(tmp_path / "times.json")
+    again = Latency(10**6, tmp_path / "times.json")
     assert again.seconds((64, 64), grid, None) == first
     assert len(json.loads((tmp_path / "times.json").read_text())) == 1
     (tmp_path / "times.json").write_text("{")
-    assert 0 < Latency(tmp_path / "times.json").seconds((64, 64), grid, None) < 1
-    assert 0 < again.constant(opened(TINY_LLAMA), list(opened(TINY_LLAMA).map.matrices)[:3]) < 5
+    assert 0 < Latency(10**6, tmp_path / "times.json").seconds((64, 64), grid, None) < 1
+
+
+def test_the_constant_is_what_a_token_takes_beside_its_matrices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = opened(TINY_LLAMA)
+    grid = request_of(TINY_LLAMA, "palette", bits=3.0).recipe.stages().grid
+    schemes = {
+        name: Scheme(shape=matrix.shape, grid=grid, transform=None)
+        for name, matrix in source.map.matrices.items()
+        if matrix.shape[1] % 16 == matrix.shape[0] % 16 == 0 and not source.map.looked_up(name)
+    }
+    assert len(schemes) > 3
+    latency = Latency(10**6, tmp_path / "times.json")
+    constant = latency.constant(source, schemes)
+    assert 0 < constant < 5
+    monkeypatch.setattr(Latency, "seconds", lambda *_: 0.0)
+    assert latency.constant(source, schemes) > constant  # the same generation, of which nothing is taken off
 
 
 def test_a_named_matrix_must_be_there_and_rules_are_about_matrices() -> None:

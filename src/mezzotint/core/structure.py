@@ -143,3 +143,8 @@ class ModelMap:
     final_norm: NormEdge | None
     parallel_residual: bool
     unmapped: Mapping[str, str] = field(default_factory=dict)
+
+    def looked_up(self, name: str) -> bool:
+        """Whether a matrix is a token embedding that is no head: rows of it are taken, and nothing is multiplied."""
+        tied = self.head is not None and self.matrices[self.head].tied_to is not None
+        return name == self.embedding and not tied

@@ -15,6 +15,7 @@ from mezzotint.allocation.sensitivity import Sensitivity
 from mezzotint.core.contracts import Grid
 from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
+from mezzotint.formats.native import Scheme
 from mezzotint.models import Source
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.footprint import other_bytes, serving_bytes
@@ -143,7 +144,7 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
     classes = _classes(source, planned)
     _check_mixture(source, request, classes, choices)
     sensitivities = _sensitivities(source, planned, knapsack, tell)
-    latency = None if knapsack.tokens_per_second is None else Latency()
+    latency = None if knapsack.tokens_per_second is None else Latency(planned.weights)
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch:
         assert planned.calibration is not None
         windows = calibration_windows(source, planned.calibration, request, lambda *_: None)
@@ -160,11 +161,25 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
             )
         finally:
             streams.close()
-    constant = 0.0 if latency is None else latency.constant(source, list(prices))
-    if latency is not None:
-        latency.save()
+    constant = 0.0 if latency is None else _constant(latency, source, planned, prices)
     items = [_item(name, [prices[member] for member in members]) for name, members in classes.items()]
     return _solved(source, planned, knapsack, items, classes, sensitivities=sensitivities, constant=constant)
+
+
+def _constant(latency: Latency, source: Source, planned: Planned, prices: Mapping[str, Sequence[Price]]) -> float:
+    """Seconds of a token beside its matrices, measured with the grid in the middle of each menu."""
+    schemes = {
+        entry.matrix: Scheme(
+            shape=source.map.matrices[entry.matrix].shape,
+            grid=prices[entry.matrix][len(prices[entry.matrix]) // 2].grid,
+            transform=entry.basis,
+        )
+        for entry in planned.plan.entries
+        if not source.map.looked_up(entry.matrix)
+    }
+    constant = latency.constant(source, schemes)
+    latency.save()
+    return constant
 
 
 def _solved(

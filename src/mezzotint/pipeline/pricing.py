@@ -275,7 +275,7 @@ def price(
         return stored_bits(planned.form, source.map.matrices[entry.matrix], grid, entry.basis).total
 
     def seconds(entry: Entry, grid: Grid) -> float:
-        if latency is None:
+        if latency is None or source.map.looked_up(entry.matrix):
             return 0.0
         return latency.seconds(source.map.matrices[entry.matrix].shape, grid, entry.basis)
 
