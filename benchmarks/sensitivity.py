@@ -1,7 +1,8 @@
 """``python -m benchmarks.sensitivity --model DIR --text FILE``: predicted sensitivities against inserted noise.
 
-`measure_sensitivity` predicts, from one backward pass, what `noise_insertion` finds with a forward pass a matrix. Every
-``--every``-th matrix of a block's list is tried. One row is appended to ``benchmarks/results/sensitivity.json``.
+`measure_sensitivity` predicts, from one backward pass, what `noise_insertion` finds with a forward pass a matrix.
+Every ``--every``-th matrix of the blocks is tried, and the embedding. One row is appended to
+``benchmarks/results/sensitivity.json``.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main() -> None:
         options.text.read_text(encoding="utf-8"), tokenizer, seqlen=options.seqlen, windows=options.windows
     )
     names = [name for block in source.map.blocks for group in block.groups for name in group.matrices][:: options.every]
+    names.append(source.map.embedding)
     seconds: dict[str, float] = {}
     started = time.process_time()
     predicted = measure_sensitivity(source, windows)

@@ -99,6 +99,17 @@ def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses[1] != losses[0]
 
 
+def test_a_basis_of_another_scale_changes_no_price_by_its_scale() -> None:
+    """Weights of a Hadamard basis have rows of unit energy, some forty times that of the originals."""
+    losses = [
+        [point.predicted_kl_nats for point in found("rtn", settings, bits=3.5).points if point.kind == "uniform"]
+        for settings in ({}, {"transform.kind": "hadamard"})
+    ]
+    assert len(losses[0]) == len(losses[1])
+    for plain, turned in zip(*losses, strict=True):
+        assert 0.3 < turned / plain < 3
+
+
 def inputs_of(source: Source, name: str, result: Allocated) -> torch.Tensor:
     fit, _ = windows_of(source, result.request)
     return run(stock(TINY_LLAMA, torch.float64), source, fit.tokens, fit.mask)[name].double()

@@ -168,16 +168,15 @@ class _Pricer(Solver):
         turned = self._turned(list(weights), used, held_out, place)
         for matrix, weight in weights:
             entry = self._entries[matrix.name]
-            basis, statistics, turned_weight = None, used, weight
+            statistics, turned_weight, sensitivity = used, weight, self._sensitivities[matrix.name]
             if matrix.name in turned:
                 basis, statistics = turned[matrix.name].basis, turned[matrix.name].statistics
                 assert basis is not None
                 turned_weight = basis.weight(weight)
+                # of its scale; errors are spread over all rows alike, and over columns as their inputs are
+                sensitivity = Sensitivity.even(sensitivity.fisher, turned_weight)
             if entry.grid.pads:
                 turned_weight, statistics = padded(turned_weight, statistics, entry.grid.multiple)
-            sensitivity = self._sensitivities[matrix.name]
-            if basis is not None:  # errors are spread over all rows alike, and over columns as their inputs are
-                sensitivity = Sensitivity.even(sensitivity.fisher, weight)
             rounding = _on_equal_inputs(entry.rounding)
             self.prices[matrix.name] = tuple(
                 Price(
