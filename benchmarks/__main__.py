@@ -69,7 +69,8 @@ def call_here(arguments: list[str], ranks: int | None = None) -> dict[str, Any]:
 
 def quantize_arguments(row: dict[str, Any], suite: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
     """The arguments of ``mezzotint quantize`` for a row, without model and output."""
-    arguments = ["--recipe", row["recipe"], "--bits", str(row["bits"]), "--calibration", protocol["calibration"]]
+    budget = ["--size", row["size"]] if "size" in row else ["--bits", str(row["bits"])]
+    arguments = ["--recipe", row["recipe"], *budget, "--calibration", protocol["calibration"]]
     arguments += ["--samples", str(row.get("samples", protocol["samples"])), "--seqlen", str(protocol["seqlen"])]
     for setting in (*suite.get("common", ()), *row.get("set", ())):
         arguments += ["--set", setting]
@@ -167,10 +168,10 @@ def main() -> None:
 def expanded(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows with lists in ``bits`` or ``grid`` stand for every combination; ``grid`` is a group size or "channel"."""
     for row in rows:
-        bits = row["bits"] if isinstance(row["bits"], list) else [row["bits"]]
+        bits = row["bits"] if isinstance(row.get("bits"), list) else [row.get("bits")]
         for b, grid in product(bits, row.get("grid", [None])):
             one = {**row, "bits": b}
-            one.pop("grid", None)
+            one = {key: value for key, value in one.items() if key != "grid" and value is not None}
             if grid is not None:
                 size = "null" if grid == "channel" else grid
                 one["set"] = [*row.get("set", []), f"grid.group_size={size}"]
@@ -212,7 +213,9 @@ def run_rows(
         )
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         shown = measured.get("evaluate", measured["quantize"])
-        sys.stdout.write(f"{row['name']} {row['bits']} bits {row.get('set', '')}: {json.dumps(shown)[:300]}\n")
+        sys.stdout.write(
+            f"{row['name']} {row.get('size') or row['bits']} {row.get('set', '')}: {json.dumps(shown)[:300]}\n"
+        )
         sys.stdout.flush()
 
 
