@@ -66,6 +66,47 @@ def allocations() -> list[str]:
     return [heading, "", *lines]
 
 
+def submodules() -> list[str]:
+    """Each part of LPCD alone and all together, by bits, on the small model."""
+    found: dict[str, dict[int, float]] = {}
+    for r in rows_of("lpcd"):
+        row = r["settings"]["row"]
+        found.setdefault(row["name"], {})[row["bits"]] = r["evaluate"]["kl_nats"]
+    lines = ["| recipe | 4 bits | 3 bits | 2 bits |", "|---|---|---|---|"]
+    for name, losses in found.items():
+        shown = " | ".join(f"{losses[bits]:.3g}" if bits in losses else "" for bits in (4, 3, 2))
+        lines.append(f"| {name} | {shown} |")
+    return [
+        "stories260k, protocol *screen*, a scale a row: KL in nats per token (`python -m benchmarks lpcd`):",
+        "",
+        *lines,
+    ]
+
+
+def submodules_short() -> list[str]:
+    """The same on a larger model, with time and memory; error of each submodule behind the last and the first block."""
+    lines = [
+        "| recipe | KL | perplexity | seconds of processor | peak memory, MiB | loss of submodules, after over before |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows_of("lpcd_short"):
+        q, e = r["quantize"], r["evaluate"]
+        parts: dict[str, list[float]] = {}
+        for block in q["blocks"]:
+            for part, losses in block["submodules"].items():
+                parts.setdefault(part, []).append(losses["after"] / losses["before"])
+        ratios = ", ".join(f"{part} {statistics.geometric_mean(found):.2f}" for part, found in parts.items())
+        shown = (
+            f"{e['kl_nats']:.3f} | {e['perplexity']:.1f} | {q['cpu_seconds']:.0f} | {q['peak_rss_bytes'] / 2**20:.0f}"
+        )
+        lines.append(f"| {r['settings']['row']['name']} | {shown} | {ratios} |")
+    heading = (
+        "SmolLM2-135M-Instruct, protocol *short*, 3 bits in groups of 64 (`python -m benchmarks lpcd_short`); the loss is "
+        "that of held-out\nwindows, a geometric mean over blocks:"
+    )
+    return [heading, "", *lines]
+
+
 def generation() -> list[str]:
     """Speed of packed weights."""
     lines = ["| threads | bfloat16, ms/token | packed, ms/token | times faster |", "|---|---|---|---|"]
@@ -330,6 +371,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
         docs / "propagation.md": (screened(), corrections()),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(), latencies()),
+        docs / "submodules.md": (submodules(), submodules_short()),
         docs / "long-runs.md": tuple(block for block in (bounded(), growth(), ranks()) if block),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
         docs / "choose.md": (quality(), corrections(), trellises(), generation(), costs()),
