@@ -12,6 +12,7 @@ import pytest
 from examples.new_grid import PowersGrid
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mezzotint.registry import FORMATS, GRIDS, ROUNDINGS
 from mezzotint.testing import strategies
@@ -26,8 +27,11 @@ def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Run an example with arguments; gives what it printed."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    for registry in (FORMATS, GRIDS, ROUNDINGS):  # what an example adds is gone behind it
+    # what an example adds is gone behind it
+    for registry in (FORMATS, GRIDS, ROUNDINGS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
 
     def run(name: str, *arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -84,6 +88,28 @@ def test_new_grid_keeps_the_contracts(contract: Any, data: st.DataObject) -> Non
 @pytest.mark.parametrize("bits", [1, 5])
 def test_new_grid_refuses_bad_settings(bits: int) -> None:
     strategies.assert_refused(PowersGrid, {"bits": bits})
+
+
+def test_new_format(example: Any, tmp_path: Path) -> None:
+    printed = example("new_format.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    assert printed.startswith("refused: ")
+    assert "Use --set grid.group_size=32. [plain-groups]" in printed
+    assert "21 matrices, every value that of the dense folder" in printed
+    assert float(printed.split()[-1]) < 0.01  # four bits lose .004; reading anything else than the values loses nats
+    assert 'mezzotint.convert("FOLDER", "dense"' in (tmp_path / "out-plain" / "README.md").read_text(encoding="utf-8")
+
+
+def test_new_architecture(example: Any, tmp_path: Path) -> None:
+    printed = example("new_architecture.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    untold, told = printed.split("blocks.0, told 7 names:")
+    assert "query (?), key (?), value (?) read the output of blocks.0.before.weight" in untold
+    assert "no matrix is known to have the role" in untold
+    assert "query (q), key (k), value (v) read the output of blocks.0.before.weight" in told
+    assert "lpcd-gptq is planned" in told
+    plate, llama = (line.split() for line in printed.splitlines() if line.startswith(("plate:", "llama:")))
+    assert plate[2] == llama[2]
+    # positions are turned in another order of products, and a code that flips moves those behind it
+    assert float(plate[-1]) == pytest.approx(float(llama[-1]), rel=0.1)
 
 
 def test_own_data(example: Any, tmp_path: Path) -> None:
