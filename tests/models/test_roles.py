@@ -204,7 +204,7 @@ def test_a_configuration_brings_names_of_its_own(tiny_folder: Folder, tmp_path: 
 
 def test_names_that_do_not_fit_the_shapes_are_not_believed(tiny_folder: Folder, tmp_path: Path) -> None:
     folder = renamed(tiny_folder("llama"), tmp_path / "own", {"q_proj": "k", "k_proj": "q"})
-    assert roles(open_model(folder)).keys() == {"o", "gate", "up", "down"} - {"o"}
+    assert roles(open_model(folder)).keys() == {"gate", "up", "down"}
 
 
 def test_a_role_that_there_is_not_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:

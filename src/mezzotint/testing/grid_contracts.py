@@ -1,9 +1,11 @@
 """What every grid promises, as checks that run on one's own: each draws problems, and raises where a promise is broken.
 
-@pytest.mark.parametrize("contract", GRID_CONTRACTS, ids=lambda contract: contract.__name__)
-@given(data=st.data())
-def test_grid(contract, data):
-    contract(data, GridCase(settings=st.builds(MyGrid, bits=st.integers(2, 4))))
+A test of one's own:
+
+    @pytest.mark.parametrize("contract", GRID_CONTRACTS, ids=lambda contract: contract.__name__)
+    @given(data=st.data())
+    def test_grid(contract, data):
+        contract(data, GridCase(settings=st.builds(MyGrid, bits=st.integers(2, 4))))
 """
 
 from collections.abc import Callable
