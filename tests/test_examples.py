@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples.new_grid import PowersGrid
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mezzotint.registry import ROUNDINGS
+from mezzotint.registry import FORMATS, GRIDS, ROUNDINGS
+from mezzotint.testing import strategies
+from mezzotint.testing.grid_contracts import GRID_CONTRACTS, GridCase
 from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -21,6 +27,11 @@ def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Run an example with arguments; gives what it printed."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    # what an example adds is gone behind it
+    for registry in (FORMATS, GRIDS, ROUNDINGS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
 
     def run(name: str, *arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -44,11 +55,61 @@ def test_own_recipe(example: Any, tmp_path: Path) -> None:
     assert "from Python: 3." in printed
 
 
-def test_new_rounding(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ROUNDINGS, "_entries", dict(ROUNDINGS._entries))
+def test_new_rounding(example: Any, tmp_path: Path) -> None:
     printed = example("new_rounding.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
     losses = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines()}
     assert max(losses["gptq"], losses["cyclic"]) < losses["nearest"]
+
+
+def test_new_grid(example: Any, tmp_path: Path) -> None:
+    printed = example("new_grid.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    losses = {tuple(line.split()[:2]): float(line.split()[-1]) for line in printed.splitlines()}
+    for kind in ("powers", "lookup", "uniform"):
+        assert losses[kind, "gptq"] < losses[kind, "nearest"]
+    # of the three tables of eight values that of least error for normal numbers loses least, at any rounding
+    for rounding in ("nearest", "gptq"):
+        assert losses["lookup", rounding] == min(v for (_, found), v in losses.items() if found == rounding)
+
+
+@pytest.mark.parametrize("contract", GRID_CONTRACTS, ids=lambda contract: contract.__name__)
+@given(data=st.data())
+def test_new_grid_keeps_the_contracts(contract: Any, data: st.DataObject) -> None:
+    settings = st.builds(
+        PowersGrid,
+        bits=st.integers(2, 4),
+        group_size=st.sampled_from([None, "auto", 1, 3, 8, 16]),
+        scale_per=st.sampled_from(["group", "row", "matrix"]),
+        range=st.sampled_from(["rms", "absmax", "error", "weighted"]),
+        scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
+    )
+    contract(data, GridCase(settings=settings, has_zero=False))
+
+
+@pytest.mark.parametrize("bits", [1, 5])
+def test_new_grid_refuses_bad_settings(bits: int) -> None:
+    strategies.assert_refused(PowersGrid, {"bits": bits})
+
+
+def test_new_format(example: Any, tmp_path: Path) -> None:
+    printed = example("new_format.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    assert printed.startswith("refused: ")
+    assert "Use --set grid.group_size=32. [plain-groups]" in printed
+    assert "21 matrices, every value that of the dense folder" in printed
+    assert float(printed.split()[-1]) < 0.01  # four bits lose .004; reading anything else than the values loses nats
+    assert 'mezzotint.convert("FOLDER", "dense"' in (tmp_path / "out-plain" / "README.md").read_text(encoding="utf-8")
+
+
+def test_new_architecture(example: Any, tmp_path: Path) -> None:
+    printed = example("new_architecture.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
+    untold, told = printed.split("blocks.0, told 7 names:")
+    assert "query (?), key (?), value (?) read the output of blocks.0.before.weight" in untold
+    assert "no matrix is known to have the role" in untold
+    assert "query (q), key (k), value (v) read the output of blocks.0.before.weight" in told
+    assert "lpcd-gptq is planned" in told
+    plate, llama = (line.split() for line in printed.splitlines() if line.startswith(("plate:", "llama:")))
+    assert plate[2] == llama[2]
+    # positions are turned in another order of products, and a code that flips moves those behind it
+    assert float(plate[-1]) == pytest.approx(float(llama[-1]), rel=0.1)
 
 
 def test_own_data(example: Any, tmp_path: Path) -> None:

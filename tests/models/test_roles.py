@@ -1,6 +1,8 @@
 """Roles and norm edges mean what they say: seen from what the model computes."""
 
 import contextlib
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Matrix, NormEdge, Role
+from mezzotint.errors import ModelError
 from mezzotint.models import Source, open_model
 from mezzotint.models.skeleton import materialize
 from mezzotint.testing.models import TINY, VOCABULARY
@@ -181,3 +184,30 @@ def test_scales_fold_into_norms(name: str, filled: Callable[[str], Source]) -> N
     assert edges or name == "olmo2"
     # float32 through at most four blocks, logits of order one to ten
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def renamed(folder: Path, out: Path, names: dict[str, str]) -> Path:
+    """The model with names of roles of its own in config.json."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps({**config, "mezzotint_roles": names}), encoding="utf-8")
+    return out
+
+
+def test_a_configuration_brings_names_of_its_own(tiny_folder: Folder, tmp_path: Path) -> None:
+    """The longest end of a name wins, among those that are known too."""
+    folder = renamed(tiny_folder("llama"), tmp_path / "own", {"mlp.up_proj": "gate", "mlp.gate_proj": "up"})
+    usual, own = roles(open_model(tiny_folder("llama"))), roles(open_model(folder))
+    assert (own["gate"].matrix, own["up"].matrix) == (usual["up"].matrix, usual["gate"].matrix)
+    assert own["down"].matrix == usual["down"].matrix
+
+
+def test_names_that_do_not_fit_the_shapes_are_not_believed(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = renamed(tiny_folder("llama"), tmp_path / "own", {"q_proj": "k", "k_proj": "q"})
+    assert roles(open_model(folder)).keys() == {"gate", "up", "down"}
+
+
+def test_a_role_that_there_is_not_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = renamed(tiny_folder("llama"), tmp_path / "own", {"q_proj": "query"})
+    with pytest.raises(ModelError, match=r"mezzotint_roles .*'q_proj': unknown role 'query'.*Known"):
+        open_model(folder)

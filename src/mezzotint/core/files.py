@@ -1,11 +1,12 @@
 """Plans and files: what will be done to each matrix, and how results become named tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.contracts import Bits, Grid, QuantizedWeight, Refinement, Rounding, Target, Transform
@@ -121,6 +122,30 @@ class TensorSpec(NamedTuple):
         return count * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """One weight of a packed folder.
+
+    Attributes:
+        parts: names of the tensors that store it; the first holds the codes.
+        dtype: what dense values are rounded to by engines: that of the scales in stock formats.
+        grid: that it is on.
+        transform: whose basis the codes are in, or None.
+        weight: reads the parts, and checks them.
+    """
+
+    parts: tuple[str, ...]
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    grid: Grid
+    transform: Transform | None
+    weight: Callable[[], QuantizedWeight]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """Its values, unrounded, in float32."""
+        return self.weight().dense()
+
+
 @runtime_checkable
 class Format(Protocol):
     """Named tensors of quantized matrices, both ways, and the rules of the engines that read them.
@@ -158,6 +183,16 @@ class Format(Protocol):
 
     def config(self, plan: Plan, model: ModelMap) -> Mapping[str, object] | None:
         """The ``quantization_config`` of config.json, or None."""
+        ...
+
+    def packed(
+        self, quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Mapping[str, PackedWeight] | None:
+        """Every packed weight of a folder, by the name its dense weight would have; None of a folder of another format.
+
+        ``quantization`` is the ``quantization_config`` of config.json; of ``tensors`` by name ``dtype`` and ``shape``
+        are looked at; ``read`` gives one by name.
+        """
         ...
 
     def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:

@@ -1,22 +1,32 @@
 """The ``pack-quantized`` layout of compressed-tensors: what vLLM, SGLang and transformers load most widely."""
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mezzotint import kernels
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
+from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
-from mezzotint.formats.schemes import Scheme, check_scale_dtype, refuses_uniform, resolved, schemes_of
+from mezzotint.formats.schemes import (
+    Scheme,
+    check_scale_dtype,
+    packed_uniform,
+    refuses_uniform,
+    resolved,
+    schemes_of,
+    uniform_grid,
+)
 from mezzotint.formats.targets import compact, known_modules, modules_of
-from mezzotint.grids.uniform import FittedUniform
+from mezzotint.grids.uniform import FittedUniform, UniformGrid
 
 _PACKED = "pack-quantized"
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 class CompressedTensors:
@@ -170,6 +180,24 @@ class CompressedTensors:
             },
         }
 
+    def packed(
+        self, quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Mapping[str, PackedWeight] | None:
+        """Every module with ``weight_packed``, with the scheme of the group that targets it.
+
+        Raises:
+            FormatError: no group of the configuration targets it.
+        """
+        if (quantization.get("quant_method"), quantization.get("format")) != ("compressed-tensors", _PACKED):
+            return None
+        found: dict[str, PackedWeight] = {}
+        for module in (name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")):
+            parts = tuple(f"{module}.{part}" for part in _PARTS if f"{module}.{part}" in tensors)
+            rows, columns = (int(n) for n in read(f"{module}.weight_shape"))
+            grid = _grid(_scheme(quantization, module), tensors[f"{module}.weight_scale"].dtype)
+            found[f"{module}.weight"] = packed_uniform(self, module, (rows, columns), parts, grid=grid, read=read)
+        return found
+
     def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
         """Nothing: every model is read."""
 
@@ -197,3 +225,29 @@ def _weights(scheme: Scheme) -> dict[str, object]:
 
 def _prefix(matrix: Matrix) -> str:
     return matrix.sources[0].removesuffix("weight")
+
+
+def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The ``weights`` of the first group that names the module, as engines match it."""
+    for group in _groups(quantization):
+        for target in group["targets"]:
+            pattern = target.removeprefix("re:")
+            if target in (module, "Linear") or (target != pattern and re.match(pattern, module)):
+                return group["weights"]
+    raise FormatError(f"{module} is packed, but no group of quantization_config targets it; the folder is broken.")
+
+
+def _groups(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    groups = quantization.get("config_groups", {}).values()
+    exact = [g for g in groups if "Linear" not in g["targets"]]
+    yield from exact
+    yield from (g for g in groups if "Linear" in g["targets"])
+
+
+def _grid(weights: Mapping[str, Any], dtype: torch.dtype) -> UniformGrid:
+    scheme = {
+        "bits": weights["num_bits"],
+        "group_size": weights["group_size"] if weights["strategy"] == "group" else None,
+        "symmetric": weights["symmetric"],
+    }
+    return uniform_grid(scheme, dtype)

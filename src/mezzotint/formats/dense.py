@@ -1,14 +1,14 @@
 """Dequantized weights under their own names: any engine loads them, nothing is saved."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
+from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 
 
@@ -60,6 +60,12 @@ class Dense:
 
     def config(self, plan: Plan, model: ModelMap) -> Mapping[str, object] | None:
         """None: to an engine this is an ordinary model."""
+        return None
+
+    def packed(
+        self, quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Mapping[str, PackedWeight] | None:
+        """None: dense values are no packed ones."""
         return None
 
     def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:

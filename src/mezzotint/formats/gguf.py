@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from gguf import GGUFWriter, LlamaFileType
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
+from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 from mezzotint.formats import checksums, gguf_model, gguf_tokens
 from mezzotint.formats.gguf_file import CHECKSUMS, GgufFile, Outgoing, write_gguf
@@ -78,6 +78,12 @@ class Gguf:
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
         """Nothing: every tensor has a type of its own."""
         return ()
+
+    def packed(
+        self, quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Mapping[str, PackedWeight] | None:
+        """None: a GGUF file is read by `dense_tensors`."""
+        return None
 
     def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
         """Refuse a model that llama.cpp would not run, or not run alike.

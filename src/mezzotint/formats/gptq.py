@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +12,18 @@ from torch import Tensor
 
 from mezzotint import kernels
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
+from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
-from mezzotint.formats.schemes import Scheme, check_scale_dtype, refuses_uniform, resolved, schemes_of, uniform_grid
+from mezzotint.formats.schemes import (
+    Scheme,
+    check_present,
+    check_scale_dtype,
+    packed_uniform,
+    refuses_uniform,
+    resolved,
+    schemes_of,
+    uniform_grid,
+)
 from mezzotint.formats.targets import compact, known_modules, module_of
 from mezzotint.grids.uniform import FittedUniform, UniformGrid
 
@@ -215,6 +224,26 @@ class Gptq:
             **({"dynamic": dynamic} if dynamic else {}),
             **({"modules_in_block_to_quantize": [inside]} if None in odd else {}),
         }
+
+    def packed(
+        self, quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Mapping[str, PackedWeight] | None:
+        """Every module with a ``qweight``.
+
+        Raises:
+            FormatError: a version that is not known, a part that is missing, or the configuration lacks something.
+        """
+        if quantization.get("quant_method") != METHOD or reader_of(quantization).name != self.name:
+            return None
+        found: dict[str, PackedWeight] = {}
+        for module in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
+            parts = tuple(f"{module}.{part}" for part in PARTS)
+            check_present(parts, tensors)
+            scales = tensors[f"{module}.scales"]
+            grid = read_grid(quantization, module, scales.dtype)
+            shape = int(scales.shape[1]), int(tensors[f"{module}.g_idx"].shape[0])
+            found[f"{module}.weight"] = packed_uniform(self, module, shape, parts, grid=grid, read=read)
+        return found
 
     def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
         """Nothing: every model is read."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mezzotint.core.contracts import Basis, Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, Plan, Refusal, TensorSpec
+from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError, unknown
+from mezzotint.formats.schemes import check_present
 from mezzotint.formats.targets import module_of, refuses_tied
 from mezzotint.registry import GRIDS, TRANSFORMS, Registry
 from mezzotint.transforms.hadamard import Hadamard
@@ -160,12 +161,50 @@ class Native:
             "modules": modules,
         }
 
+    def packed(
+        self, quantization: Mapping[str, Any], tensors: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Mapping[str, PackedWeight] | None:
+        """The modules that ``quantization_config`` names.
+
+        Raises:
+            FormatError: another version, a packed weight that is not named, or a part that is missing.
+        """
+        if quantization.get("quant_method") != METHOD:
+            return None
+        schemes = read_schemes(quantization)
+        for name in tensors:
+            module = name.removesuffix("." + CHECKSUM)
+            if module != name and module not in schemes:
+                raise FormatError(
+                    f"{module} is packed, but quantization_config does not name it; the folder is broken."
+                )
+        return {f"{module}.weight": _packed(module, scheme, tensors, read) for module, scheme in schemes.items()}
+
     def check_source(self, folder: Path, config: Mapping[str, object], names: list[str]) -> None:
         """Nothing: every model is read."""
 
     def finish(self, folder: Path, config: Mapping[str, object], plan: Plan, model: ModelMap) -> int:
         """Nothing is left to do; the size of the tensors."""
         return plan.bytes
+
+
+def _packed(module: str, scheme: Scheme, tensors: Mapping[str, Any], read: Callable[[str], Tensor]) -> PackedWeight:
+    parts = tuple(f"{module}.{part}" for part in scheme.specs())
+    check_present(parts, tensors)
+
+    def weight() -> QuantizedWeight:
+        stored = {part: read(f"{module}.{part}") for part in scheme.specs()}
+        scheme.verify(module, stored)
+        return scheme.restore(stored)
+
+    return PackedWeight(
+        parts=parts,
+        dtype=torch.float32,
+        shape=scheme.shape,
+        grid=scheme.grid,
+        transform=scheme.transform,
+        weight=weight,
+    )
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:

@@ -1,13 +1,14 @@
 """What files of uniform integers have in common: schemes of matrices, and what such files cannot hold."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mezzotint.core.contracts import Grid, Matrix, ModelMap
-from mezzotint.core.files import Entry, Plan, Refusal
+from mezzotint.core.files import Entry, Format, PackedWeight, Plan, Refusal
 from mezzotint.errors import FormatError
 from mezzotint.formats.targets import refuses_tied
 from mezzotint.grids.uniform import UniformGrid
@@ -148,3 +149,45 @@ def uniform_grid(scheme: Mapping[str, object], dtype: torch.dtype) -> UniformGri
         scale_dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
         **scheme,  # type: ignore[arg-type]
     )
+
+
+def packed_uniform(
+    form: Format,
+    module: str,
+    shape: tuple[int, int],
+    parts: tuple[str, ...],
+    *,
+    grid: UniformGrid,
+    read: Callable[[str], Tensor],
+) -> PackedWeight:
+    """One packed weight of a format of uniform integers.
+
+    Args:
+        form: whose `weight` takes the tensors back.
+        module: name.
+        shape: ``(out, in)``.
+        parts: names of its tensors; the first holds the codes.
+        grid: that they are on.
+        read: gives a tensor by name.
+    """
+    name = f"{module}.weight"
+    matrix = Matrix(name=module, parameter=name, sources=(name,), shape=shape, fusion="")
+    return PackedWeight(
+        parts=parts,
+        dtype=grid.storage_dtype,
+        shape=shape,
+        grid=grid,
+        transform=None,
+        weight=lambda: form.weight(matrix, {part: read(part) for part in parts}, grid),
+    )
+
+
+def check_present(parts: Iterable[str], tensors: Mapping[str, object]) -> None:
+    """Refuse a folder that lacks parts of a packed weight.
+
+    Raises:
+        FormatError: names the first that is missing.
+    """
+    for part in parts:
+        if part not in tensors:
+            raise FormatError(f"{part} is missing; the folder is broken. Make or download it again.")

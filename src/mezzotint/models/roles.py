@@ -1,7 +1,8 @@
 """Which rows of a matrix are queries, keys, values, gates and so on.
 
-Names and layouts are data (``roles.toml``); shapes are checked against the configuration, and a matrix that does not
-fit gets no role.
+Names and layouts are data (``roles.toml``), and a model may bring names of its own: ``mezzotint_roles`` of its
+configuration, as an attribute of the class or in config.json, maps the ends of names to roles, ``{"attention.query":
+"q"}``. Shapes are checked against the configuration, and a matrix that does not fit gets no role.
 """
 
 import functools
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mezzotint.core.contracts import Matrix, Role
+from mezzotint.errors import ModelError, unknown
 
 Kind = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -46,10 +48,14 @@ def block_roles(config: PreTrainedConfig, members: Sequence[Member], groups: Map
         config: of the text model.
         members: in running order.
         groups: number of the input group of each matrix.
+
+    Raises:
+        ModelError: ``mezzotint_roles`` of the configuration has a role that there is not.
     """
     roles: list[Role] = []
+    names = _names(config)
     for member in members:
-        matrix, layout, kind = member.matrix, _fused(config, member.matrix), _whole(member.matrix.name)
+        matrix, layout, kind = member.matrix, _fused(config, member.matrix), _whole(names, member.matrix.name)
         if matrix.expert is not None:
             roles.extend(_expert_roles(matrix, member.owner))
         elif layout in ("halves", "interleaved"):
@@ -118,9 +124,21 @@ def _table() -> dict[str, Any]:
     return tomllib.loads(resources.files("mezzotint.models").joinpath("roles.toml").read_text(encoding="utf-8"))
 
 
-def _whole(name: str) -> Kind | None:
-    matching = [suffix for suffix in _table()["whole"] if f".{name}".endswith(f".{suffix}")]
-    return _table()["whole"][max(matching, key=len)] if matching else None
+def _names(config: PreTrainedConfig) -> Mapping[str, Kind]:
+    """Roles by the ends of names: those that are known, and the model's own."""
+    names: dict[str, Kind] = dict(_table()["whole"])
+    for suffix, kind in getattr(config, "mezzotint_roles", {}).items():
+        if kind not in get_args(Kind):
+            raise ModelError(
+                f"mezzotint_roles of the configuration: {suffix!r}: {unknown('role', kind, get_args(Kind))}"
+            )
+        names[suffix] = kind
+    return names
+
+
+def _whole(names: Mapping[str, Kind], name: str) -> Kind | None:
+    matching = [suffix for suffix in names if f".{name}".endswith(f".{suffix}")]
+    return names[max(matching, key=len)] if matching else None
 
 
 def _fused(config: PreTrainedConfig, matrix: Matrix) -> str | None:

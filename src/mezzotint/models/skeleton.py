@@ -20,16 +20,12 @@ from mezzotint.models import experts
 from mezzotint.models.binding import BoundCheckpoint
 from mezzotint.models.checkpoint import check_folder
 
-# quant_method and format of folders that callers may decode
-READABLE = (("compressed-tensors", "pack-quantized"), ("gptq", None), ("mezzotint", None))
-
 
 def load_config(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model folder (or of a name on the hub, where the folder does not exist).
 
     Raises:
-        ModelError: there is none, its architecture is unknown or needs code from the folder, or its weights are
-            already quantized in a way that cannot be undone here.
+        ModelError: there is none, or its architecture is unknown or needs code from the folder.
     """
     root = Path(folder)
     if root.exists():
@@ -40,13 +36,11 @@ def load_config(folder: Path | str, trust_remote_code: bool = False) -> PreTrain
             )
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(
+            return AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=trust_remote_code, local_files_only=root.exists()
             )
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(_config_error(root, error)) from error
-    _check_quantization(config)
-    return config
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -168,21 +162,6 @@ def _kept_wide(skeleton: PreTrainedModel, dtype: torch.dtype | None) -> Callable
         return lambda _: False
     pattern = re.compile("|".join(glob.replace("*", ".*") for glob in sorted(globs)))
     return lambda name: pattern.search(name) is not None
-
-
-def _check_quantization(config: PreTrainedConfig) -> None:
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    settings = found if isinstance(found, dict) else found.to_dict()
-    method, layout = settings.get("quant_method"), settings.get("format")
-    if (method, layout) in READABLE:
-        return
-    raise ModelError(
-        f"the model is already quantized: quantization_config has quant_method {method!r}, format {layout!r}; only "
-        "unquantized weights, compressed-tensors pack-quantized, gptq and mezzotint can be read. Give the original "
-        "model. [already-quantized]"
-    )
 
 
 def _config_error(root: Path, error: Exception) -> str:

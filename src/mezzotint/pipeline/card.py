@@ -64,6 +64,16 @@ from gptqmodel import GPTQModel
 model = GPTQModel.load("FOLDER")
 ```
 """
+_OWN = """The format `{form}` comes from outside of mezzotint. Where the code that adds it is imported,
+
+```python
+import mezzotint
+
+mezzotint.convert("FOLDER", "dense", out="DENSE")
+```
+
+makes a folder that every engine loads.
+"""
 _LOADING = {
     "gguf": (_GGUF,),
     "compressed-tensors": (_PACKED, _VLLM.format(note=" (widths other than 4 and 8 bits need kernels of some GPUs)")),
@@ -117,7 +127,7 @@ def card_of(report: Mapping[str, Any], results: Mapping[str, Any], original: Map
     front = {
         "base_model": model,
         "base_model_relation": "quantized",
-        "library_name": form if form in ("mezzotint", "gguf") else "transformers",
+        "library_name": form if form in ("mezzotint", "gguf") or form not in _LOADING else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["mezzotint", "quantized", form],
         **{name: original[name] for name in _LEGAL if name in original},
@@ -142,7 +152,8 @@ def card_of(report: Mapping[str, Any], results: Mapping[str, Any], original: Map
 
 def loading(form: str, folder: str = "FOLDER") -> str:
     """How to load a folder of a format, in each engine that can."""
-    return "\n".join(part.replace("FOLDER", folder) for part in _LOADING[form])
+    parts = _LOADING.get(form, (_OWN.format(form=form),))
+    return "\n".join(part.replace("FOLDER", folder) for part in parts)
 
 
 def _sizes(report: Mapping[str, Any]) -> str:

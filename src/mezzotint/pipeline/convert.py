@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Matrix, QuantizedWeight
-from mezzotint.core.files import Entry, Format, Plan, TensorSpec
+from mezzotint.core.files import Entry, Format, PackedWeight, Plan, TensorSpec
 from mezzotint.errors import ConfigError, FormatError, OutputError, WriteError
-from mezzotint.formats.decoded import PackedWeight
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.formats.gguf import FILE
 from mezzotint.formats.loading import ANY, engines

@@ -120,8 +120,10 @@ def check_engine(engine: str | None, form: str | None) -> None:
         raise ConfigError(unknown("engine", engine, known))
     if form is not None and form not in FORMATS:
         raise ConfigError(unknown("format", form, FORMATS))
-    loads = engines()[engine or ANY].formats
-    if form is not None and form not in loads:
+    if engine is None or form is None:  # a format of one's own is in no engine's table
+        return
+    loads = engines()[engine].formats
+    if form not in loads:
         raise ConfigError(f"--format is {form}, and --for {engine} loads {', '.join(loads)}. Choose one of these.")
 
 

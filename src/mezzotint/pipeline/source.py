@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from mezzotint.core.files import PackedWeight
 from mezzotint.errors import ModelError
 from mezzotint.formats import gguf
 from mezzotint.formats.checksums import checked
-from mezzotint.formats.decoded import PackedWeight, packed_weights
+from mezzotint.formats.decoded import packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
 from mezzotint.models.checkpoint import TensorInfo
 
