@@ -82,7 +82,7 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
         recipe: name of a preset, path of a .yaml file, or a `Recipe`.
         **overrides: ``bits``, ``size`` and ``fits`` (bytes), ``context``, ``tokens_per_second``, ``settings`` (dotted
             names to values), ``keep`` (globs), ``engine``, ``format``, ``calibration``, ``samples``, ``seqlen``,
-            ``field``, ``lines``, ``packing``, ``seed``, ``device``, ``precision``, ``memory`` (bytes),
+            ``field``, ``lines``, ``packing``, ``imatrix``, ``seed``, ``device``, ``precision``, ``memory`` (bytes),
             ``trust_remote_code``; as the options of the command line.
 
     Raises:
@@ -217,6 +217,7 @@ def _request(
     field: str | None = None,
     lines: bool = False,
     packing: bool = True,
+    imatrix: str | Path | None = None,
     device: str = "auto",
     **rest: Any,
 ) -> Any:
@@ -235,9 +236,16 @@ def _request(
             tokens_per_second=tokens_per_second,
             settings=settings,
             keep=tuple(keep),
+            weighted=imatrix is not None,
         ),
         calibration=CalibrationRequest(
-            source=str(calibration), samples=samples, seqlen=seqlen, field=field, lines=lines, packing=packing
+            source=str(calibration),
+            samples=samples,
+            seqlen=seqlen,
+            field=field,
+            lines=lines,
+            packing=packing,
+            imatrix=None if imatrix is None else Path(imatrix),
         ),
         engine=engine,
         format=format,

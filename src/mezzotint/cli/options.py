@@ -49,6 +49,12 @@ CalibrationOption = Annotated[
         "--calibration", help="'self' samples from the model; a .txt, .jsonl or .parquet file; wikitext2, c4."
     ),
 ]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix", help="Importance matrix of llama.cpp in the place of text: weighs ranges, for rounding to nearest."
+    ),
+]
 Samples = Annotated[str, typer.Option("--samples", help="Calibration windows; 'auto' lets the plan choose.")]
 Seqlen = Annotated[str, typer.Option("--seqlen", help="Tokens per calibration window; 'auto' lets the plan choose.")]
 Field = Annotated[str | None, typer.Option("--field", help="Field of a .jsonl or .parquet row that holds the text.")]
@@ -84,6 +90,7 @@ class Asked:
     context: ContextOption = None
     tokens_per_second: SpeedOption = None
     calibration: CalibrationOption = "self"
+    imatrix: Imatrix = None
     samples: Samples = "auto"
     seqlen: Seqlen = "auto"
     field: Field = None
@@ -112,6 +119,7 @@ class Asked:
                 tokens_per_second=self.tokens_per_second,
                 settings=parse_settings(self.settings or []),
                 keep=tuple(self.keep or ()),
+                weighted=self.imatrix is not None,
             ),
             engine=engine,
             format=self.form,
@@ -122,6 +130,7 @@ class Asked:
                 field=self.field,
                 lines=self.lines,
                 packing=self.packing,
+                imatrix=self.imatrix,
             ),
             seed=self.seed,
             device=resolve_device(self.device),

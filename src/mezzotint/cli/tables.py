@@ -112,7 +112,9 @@ def show_plan(planned: Any, console: Console) -> None:
         f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without "
         f"scales and zero points), {size(plan.bytes)} in all, format {plan.format} ({planned.because})"
     )
-    if planned.calibration is None:
+    if planned.importance is not None:
+        console.print(f"calibration: the importance matrix {planned.importance.name!r} in its place")
+    elif planned.calibration is None:
         console.print("calibration: none needed")
     else:
         c = planned.calibration

@@ -45,6 +45,14 @@ class Statistics:
         """
         return cls(tokens=1.0, gram=torch.eye(width, dtype=like.dtype, device=like.device))
 
+    @classmethod
+    def uncorrelated(cls, squares: Float[Tensor, " in"], tokens: float) -> "Statistics":
+        """Inputs of which nothing but sums of squares is known: their products are taken for zero.
+
+        With these, GPTQ is rounding to nearest, as with `isotropic`; weighted ranges and errors see the squares.
+        """
+        return cls(tokens=tokens, gram=torch.diag(squares))
+
     @property
     def importance(self) -> Float[Tensor, " in"]:
         """Mean square of each input, the diagonal of the Hessian."""

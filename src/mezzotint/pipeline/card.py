@@ -205,7 +205,8 @@ def interval(difference: Mapping[str, float]) -> str:
 
 def _recipe(report: Mapping[str, Any]) -> str:
     calibration = report["plan"]["calibration"]
-    text = "no calibration"
+    imatrix = report["plan"].get("imatrix")
+    text = "no calibration" if imatrix is None else f"weighted by the importance matrix `{imatrix}`"
     if calibration is not None:
         source = "text sampled from the model itself"
         if calibration["source"] != "self":

@@ -42,6 +42,8 @@ def command_of(request: Request, calibration: CalibrationPlan | None, out: str) 
         asked = request.calibration
         words += ["--field", asked.field] if asked.field is not None else []
         words += ["--lines"] * asked.lines + ["--no-packing"] * (not asked.packing)
+    if request.calibration.imatrix is not None:
+        words += ["--imatrix", request.calibration.imatrix.name]
     words += ["--precision", request.precision] if request.precision != "auto" else []
     words += ["--seed", str(request.seed)] if request.seed else []
     words += ["--trust-remote-code"] * request.trust_remote_code

@@ -106,11 +106,18 @@ def _from_checkpoint(source: Source, by_name: Mapping[str, Entry], tokens: Token
     for block in source.map.blocks:
         names = [name for group in block.groups for name in group.matrices if name in by_name]
         if tokens is None or not any(by_name[name].needs for name in names):
-            sizes += [_SOLVING * _numel(source, name) * _FLOAT for name in names]
+            sizes += [_alone(source, name, by_name, tokens) for name in names]
     for name in (source.map.embedding, source.map.head):
         if name is not None and name in by_name:
-            sizes.append(_SOLVING * _numel(source, name) * _FLOAT)
+            sizes.append(_alone(source, name, by_name, tokens))
     return max(sizes)
+
+
+def _alone(source: Source, name: str, by_name: Mapping[str, Entry], tokens: Tokens | None) -> int:
+    """A matrix, and the sums of its inputs where an importance matrix takes the place of text."""
+    width = source.map.matrices[name].shape[1]
+    square = width * width if tokens is None and by_name[name].needs else 0
+    return (_SOLVING * _numel(source, name) + square) * _FLOAT
 
 
 def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: Tokens, *, panels: bool) -> set[Phases]:

@@ -21,6 +21,7 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import check_compensation
 from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, estimate, flops_per_second
+from mezzotint.pipeline.importance import Importance, open_importance
 from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
 from mezzotint.pipeline.parts import check_parts
 from mezzotint.pipeline.recipe import Recipe, Stages
@@ -36,7 +37,8 @@ class Planned:
     """A plan with what it was made for.
 
     Attributes:
-        calibration: None if nothing needs it.
+        calibration: None if nothing needs it, or there is an importance matrix.
+        importance: what stands in its place.
         costs: predicted memory and time.
         shapes: of the quantized matrices.
         because: why this format.
@@ -48,6 +50,7 @@ class Planned:
     layout: Layout
     form: Format
     calibration: CalibrationPlan | None
+    importance: Importance | None
     costs: Costs
 
     @property
@@ -101,8 +104,12 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         replace(entry, bits=stored_bits(form, matrices[entry.matrix], entry.grid, entry.basis)) for entry in entries
     ]
     layout = make_layout(source, entries, form)
-    calibration = None
-    if calibrate or any(entry.needs for entry in entries):
+    calibration, importance = None, None
+    if request.calibration.imatrix is not None:
+        if calibrate:
+            raise ConfigError("this needs calibration text, and --imatrix gives mean squares of inputs. Leave it out.")
+        importance = open_importance(source, entries, request.calibration.imatrix)
+    elif calibrate or any(entry.needs for entry in entries):
         calibration = _calibration(source, entries, request)
     precision = _precision(source, request)
     costs = estimate(
@@ -115,7 +122,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         engine=request.engine,
         bytes=layout.nbytes,
         peak_memory_bytes=costs.peak_memory_bytes,
-        fingerprint=_fingerprint(source, request, entries, calibration, precision),
+        fingerprint=_fingerprint(source, request, entries, calibration, importance, precision=precision),
     )
     refusals = (*form.refuses_plan(plan, source.map), *request.loading.refuses_plan(plan, source.map))
     if refusals:
@@ -127,6 +134,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         layout=layout,
         form=form,
         calibration=calibration,
+        importance=importance,
         costs=costs,
         shapes=shapes,
         because=because,
@@ -341,7 +349,13 @@ def _stages_of(entry: Entry) -> tuple[object, ...]:
 
 
 def _fingerprint(
-    source: Source, request: Request, entries: list[Entry], calibration: CalibrationPlan | None, precision: str
+    source: Source,
+    request: Request,
+    entries: list[Entry],
+    calibration: CalibrationPlan | None,
+    importance: Importance | None,
+    *,
+    precision: str,
 ) -> str:
     """Changes when anything that determines the result changes."""
     told = {
@@ -351,6 +365,7 @@ def _fingerprint(
         "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in source.checkpoint.tensors.items()},
         "entries": [[e.matrix, *(repr(s) for s in _stages_of(e))] for e in entries],
         "calibration": calibration and {**asdict(request.calibration), **asdict(calibration)},
+        "importance": importance and importance.checksum,
         "seed": calibration and request.seed,
         "precision": calibration and precision,
         "engine": request.engine,

@@ -53,6 +53,7 @@ def plan_json(planned: Planned) -> dict[str, Any]:
         "calibration": None
         if calibration is None
         else {"source": calibration.source, "samples": calibration.samples, "seqlen": calibration.seqlen},
+        "imatrix": None if planned.importance is None else planned.importance.name,
         "fingerprint": plan.fingerprint,
     }
 

@@ -46,6 +46,7 @@ class CalibrationRequest:
         field: field of a .jsonl or .parquet row that holds the text; None finds it.
         lines: a .txt file has one document a line.
         packing: documents end to end; otherwise one document a window, padded.
+        imatrix: importance matrix of llama.cpp, in the place of text.
     """
 
     source: str = "self"
@@ -54,8 +55,11 @@ class CalibrationRequest:
     field: str | None = None
     lines: bool = False
     packing: bool = True
+    imatrix: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.imatrix is not None and (self.source != "self" or self.samples is not None or self.seqlen is not None):
+            raise ConfigError("--imatrix takes the place of calibration text; leave --calibration and its options out.")
         for name, value, least in (("samples", self.samples, 2), ("seqlen", self.seqlen, 8)):
             if value is not None and value < least:
                 raise ConfigError(f"--{name} is {value}; it must be at least {least}.")
@@ -139,6 +143,7 @@ def resolve_recipe(
     tokens_per_second: float | int | None = None,
     settings: Mapping[str, Any] | None = None,
     keep: tuple[str, ...] = (),
+    weighted: bool = False,
 ) -> Recipe:
     """A recipe by name or file with the command line's changes.
 
@@ -153,6 +158,7 @@ def resolve_recipe(
         tokens_per_second: speed, for which bits are allocated.
         settings: dotted names and values.
         keep: globs of matrices to leave as they are; they win over the recipe's own rules.
+        weighted: there is an importance matrix; a preset weights its ranges by it where nothing else is said.
 
     Raises:
         ConfigError: an unknown name or a value that does not fit.
@@ -161,7 +167,11 @@ def resolve_recipe(
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = dict(settings or {})
     if isinstance(recipe, str) and recipe in presets():
-        changes = {**_suited(chosen, engine, form, changes), **changes}
+        suited = _suited(chosen, engine, form, changes)
+        kind = changes.get("grid.kind", suited.get("grid.kind", chosen.grid["kind"]))
+        if weighted and "range" in fields_of(GRIDS[kind]):
+            suited["grid.range"] = "weighted"
+        changes = {**suited, **changes}
     kind = changes.get("grid.kind", chosen.grid.get("kind"))
     budgets = {"size": size, "fits": fits, "tokens_per_second": tokens_per_second}
     given = {f"allocation.{name}": value for name, value in budgets.items() if value is not None}

@@ -328,6 +328,7 @@ def identity_of(source: Source, planned: Planned) -> dict[str, Any]:
     request = planned.request
     calibration = asdict(request.calibration)
     calibration.pop("source")  # the text itself is compared
+    calibration["imatrix"] = planned.importance and planned.importance.checksum
     if planned.calibration is not None:
         calibration |= {"samples": planned.calibration.samples, "seqlen": planned.calibration.seqlen}
     files = sorted({info.path for info in source.checkpoint.tensors.values()})

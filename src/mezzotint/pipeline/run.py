@@ -287,6 +287,7 @@ class _Run:
                 rewritten=output.rewrite,
                 adapter=adapter,
                 keeper=keeper,
+                importance=self._planned.importance,
             ).run()
         finally:
             if streams is not None:

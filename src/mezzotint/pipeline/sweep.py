@@ -17,6 +17,7 @@ from mezzotint.pipeline.adapter import Adapter
 from mezzotint.pipeline.capture import BlockRun, stops
 from mezzotint.pipeline.descent import Descent, Measured
 from mezzotint.pipeline.folding import Folding
+from mezzotint.pipeline.importance import Importance
 from mezzotint.pipeline.parts import active_parts, settings_of
 from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.solve import MatrixRecord, Solver
@@ -60,6 +61,7 @@ class Sweep:
         to_the_end: run the streams through every block, also behind the last that needs statistics.
         adapter: takes the low-rank compensations; what follows in the model sees them.
         keeper: told of what is finished, and tells what an earlier process has finished.
+        importance: statistics of single matrices, in the place of streams.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Sweep:
         to_the_end: bool = False,
         adapter: Adapter | None = None,
         keeper: "Keeper | None" = None,
+        importance: Importance | None = None,
     ) -> None:
         self._source = source
         self._entries = {entry.matrix: entry for entry in entries}
@@ -85,6 +88,7 @@ class Sweep:
         self._device = device
         self._adapter = adapter
         self._keeper = keeper
+        self._importance = importance
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
         self._head_needs = head in self._entries and bool(self._entries[head].needs)
@@ -155,6 +159,8 @@ class Sweep:
                 weight = matrix.view(parameter)
                 check_finite(matrix.name, weight)
                 weights.append((matrix, weight))
+            if self._importance is not None:
+                fit = self._importance.statistics(members[0], self._device)
             for solved in self._solver.solve(weights, fit, held_out, place=place):
                 self._solver.deliver(solved)
 
