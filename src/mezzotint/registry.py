@@ -91,6 +91,7 @@ FORMATS = Registry(
         "gptq": "mezzotint.formats.gptq:Gptq",
         "gptq-v2": "mezzotint.formats.gptq:GptqV2",
         "mezzotint": "mezzotint.formats.native:Native",
+        "exl3": "mezzotint.formats.exl3:Exl3",
         "dense": "mezzotint.formats.dense:Dense",
         "gguf": "mezzotint.formats.gguf:Gguf",
     },

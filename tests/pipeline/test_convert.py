@@ -176,3 +176,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert (shown["from"], shown["format"], shown["matrices"]) == ("mezzotint", "compressed-tensors", 21)
     shutil.rmtree(tmp_path / "out")
     assert CliRunner().invoke(app, [*arguments[:4], "--format", "gptq"]).exit_code == 2
+
+
+def test_trellis_codes_go_to_exl3_and_back(tmp_path: Path) -> None:
+    start = folder = tmp_path / "start"
+    fast = {"grid.bits": 2, "rounding.kind": "nearest", "grid.window": 1}
+    report = quantized(
+        TINY_LLAMA, start, "trellis", format="exl3", settings=fast, keep=["*.mlp.*", "*.[12].*", "*.[qo]_proj"]
+    )
+    assert {linear["grid"]["states"] for linear in report["plan"]["linears"]} == {16}
+    for place, form in enumerate(["mezzotint", "exl3"]):
+        mezzotint.convert(folder, form, out=tmp_path / f"{place}-{form}")
+        folder = tmp_path / f"{place}-{form}"
+        assert_same_codes(folder, start)
+    assert_same_tensors(folder, start)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config == {"quant_method": "exl3", "bits": 2.0, "head_bits": 16.0, "codebook": "mul1"}
+    found = [mezzotint.evaluate(tmp_path / name, HELD_OUT, seqlen=32, windows=2) for name in ("start", "0-mezzotint")]
+    assert found[0].perplexity == pytest.approx(found[1].perplexity, rel=1e-6)
+
+
+@pytest.mark.parametrize(("form", "rule"), [("exl3", "exl3-code"), ("gptq", "uniform-only")])
+def test_other_codes_are_not_those_of_exl3(form: str, rule: str, tmp_path: Path) -> None:
+    settings = {"grid.bits": 2.5, "grid.kind": "trellis", "transform.kind": "hadamard", "rounding.kind": "nearest"}
+    start = made("mezzotint", tmp_path / "start", settings)
+    with pytest.raises(FormatError, match=rf"\[{rule}\]"):
+        mezzotint.convert(start, form, out=tmp_path / "out")

@@ -21,7 +21,7 @@ def convert(
     form: Annotated[
         str,
         typer.Option(
-            "--format", help="compressed-tensors, gptq, gptq-v2, mezzotint, gguf or dense.", show_default=False
+            "--format", help="compressed-tensors, gptq, gptq-v2, mezzotint, gguf, exl3 or dense.", show_default=False
         ),
     ],
     engine: Engine = None,

@@ -35,13 +35,13 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="What will run it: transformers, vllm, vllm-cpu, sglang, gptqmodel, llama.cpp, mezzotint (any grid; our "
-        "own format), or dense (dequantized, loads anywhere).",
+        help="What will run it: transformers, vllm, vllm-cpu, sglang, gptqmodel, llama.cpp, exllamav3, mezzotint (any "
+        "grid; our own format), or dense (dequantized, loads anywhere).",
     ),
 ]
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", help="Another format than the engine's usual one: gptq, gptq-v2, mezzotint, dense."),
+    typer.Option("--format", help="Another format than the engine's usual one: gptq, gptq-v2, exl3, mezzotint, dense."),
 ]
 CalibrationOption = Annotated[
     str,

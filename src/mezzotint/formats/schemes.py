@@ -55,7 +55,7 @@ def refuses_uniform(entry: Entry, matrix: Matrix, name: str) -> Refusal | None:
         matrix: that it is about.
         name: of the format.
     """
-    refusal = _refuses_matrix(matrix)
+    refusal = refuses_linear(matrix)
     if refusal is not None:
         return refusal
     if not isinstance(entry.grid, UniformGrid):
@@ -79,7 +79,8 @@ def refuses_uniform(entry: Entry, matrix: Matrix, name: str) -> Refusal | None:
     return _refuses_group(matrix, entry.grid)
 
 
-def _refuses_matrix(matrix: Matrix) -> Refusal | None:
+def refuses_linear(matrix: Matrix) -> Refusal | None:
+    """Rules ``linear-only`` and ``tied`` of formats whose readers replace the weight of an ``nn.Linear``."""
     if not matrix.linear or matrix.transposed or matrix.expert is not None or len(matrix.sources) != 1:
         return Refusal(
             rule="linear-only",

@@ -18,6 +18,7 @@ from mezzotint.grids.feedback import feed_tiles_
 
 SIDE = 16  # of a tile
 RATES = range(8, 49)  # bits per eight weights
+_PRECISION = 2.0**11  # of float16
 
 
 class Measured(NamedTuple):
@@ -124,9 +125,14 @@ class TrellisGrid:
         return stored["packed"], FittedTrellis(grid=self, shape=(rows, columns), scale=scale)
 
     def fit(self, target: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> "FittedTrellis":
-        """Scales from root mean squares, by the factor that is best for Gaussian weights; of zeros it is zero."""
+        """Scales from root mean squares, by the factor that is best for Gaussian weights; of zeros it is zero.
+
+        That of a matrix has the precision of float16 too, if not its range: EXL3 stores it so.
+        """
         power = target.double().square().mean(dim=1 if self.scale_per == "row" else None).reshape(-1)
         scale = power.sqrt() / measured(self.states)[self.rate].factor
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp((mantissa * _PRECISION).round() / _PRECISION, exponent)
         stored = torch.float16 if self.scale_per == "row" else torch.float32
         limits = torch.finfo(stored)
         scale = torch.where(power > 0, scale.clamp(limits.smallest_normal, limits.max), 0.0).to(stored)

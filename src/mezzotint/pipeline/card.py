@@ -74,7 +74,10 @@ mezzotint.convert("FOLDER", "dense", out="DENSE")
 
 makes a folder that every engine loads.
 """
+_EXL3 = """ExLlamaV3 on a GPU, and what is built on it. Nobody has tried yet: the layout was read in its sources.
+"""
 _LOADING = {
+    "exl3": (_EXL3,),
     "gguf": (_GGUF,),
     "compressed-tensors": (_PACKED, _VLLM.format(note=" (widths other than 4 and 8 bits need kernels of some GPUs)")),
     "gptq": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),

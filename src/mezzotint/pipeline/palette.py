@@ -10,6 +10,7 @@ from importlib.resources import files
 import torch
 
 from mezzotint.core.contracts import Grid
+from mezzotint.formats import exl3
 from mezzotint.formats.loading import ANY, engines
 from mezzotint.grids.gguf_types import BLOCK_TYPES
 from mezzotint.grids.trellis import RATES, TrellisGrid, measured
@@ -18,6 +19,7 @@ from mezzotint.registry import GRIDS
 SHAPE = (4096, 4096)  # of the matrix whose side data is counted
 _SIDE = 1024  # of the Gaussian matrix that is measured
 _PIECE = 128  # rows of it that the large trellis is measured on
+_HOLDS = {"gguf": lambda grid: grid.kind == "gguf", "exl3": exl3.holds}  # other formats without a table: everything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +138,7 @@ def _loads(engine: str, grid: Grid) -> bool:
     found = engines()[engine]
     for form in found.formats:
         loads = found.loads.get(form)
-        if loads is None and form != "dense" and grid.kind == {"gguf": "gguf"}.get(form, grid.kind):
+        if loads is None and form != "dense" and _HOLDS.get(form, lambda _: True)(grid):
             return True
         if loads is not None and grid.kind == "uniform" and grid.bits in loads.bits:
             return True

@@ -194,11 +194,15 @@ def resolve_recipe(
 
 
 def _suited(preset: Recipe, engine: str | None, form: str | None, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What an engine wants of a preset of integers, where it was not asked for something else."""
-    if preset.grid.get("kind") != "uniform" or "grid.kind" in asked or (engine is None and form is None):
+    """What an engine wants of a preset of integers or of its own grid, where it was not asked for something else."""
+    if "grid.kind" in asked or (engine is None and form is None):
         return {}
     loading = engines()[engine or ANY]
     defaults = dict(loading.defaults.get(form or loading.formats[0], {}))
+    if preset.grid.get("kind") not in ("uniform", defaults.get("grid.kind")):
+        return {}
+    if preset.transform.get("kind") != "none":  # what the recipe is about
+        defaults.pop("transform.kind", None)
     if "grid.kind" in defaults:  # what the other grid has too stays
         known = fields_of(GRIDS[defaults["grid.kind"]])
         defaults |= {f"grid.{name}": value for name, value in preset.grid.items() if name in known}
