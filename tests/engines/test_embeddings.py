@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModel
 
 import mezzotint
+from engines.folders import made_once
 from engines.test_transformers import TOKENS, assert_same_logits, dense_weights, twin_of
 from formats.test_native import quantized as rounded
 from mezzotint.core.contracts import Aim
@@ -43,17 +44,11 @@ GRIDS = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Original and packed folder of a tiny architecture, made once; not to be changed."""
-    made: dict[str, tuple[Path, Path]] = {}
 
-    def folder(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            place = tmp_path_factory.mktemp(name)
-            model = tiny(name, place, dtype=torch.float32)
-            quantized(model, place / "out", "rtn", settings=KINDS[name], bits=5, engine="mezzotint")
-            made[name] = model, place / "out"
-        return made[name]
+    def write(name: str, model: Path, out: Path) -> None:
+        quantized(model, out, "rtn", settings=KINDS[name], bits=5, engine="mezzotint")
 
-    return folder
+    return made_once(tmp_path_factory, write)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.kind}-{grid.bits:g}")

@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import mezzotint
+from engines.folders import made_once
 from formats.test_native import quantized as rounded
 from mezzotint import kernels
 from mezzotint.engines import hook
@@ -28,7 +29,7 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.grids.vector import VectorGrid
 from mezzotint.models.skeleton import quiet
 from mezzotint.pipeline.recipe import Recipe, load_recipe
-from pipeline.runs import assert_same_tensors, quantized, stock, tensors_of, tiny
+from pipeline.runs import assert_same_tensors, quantized, stock, tensors_of
 
 TOKENS = torch.arange(3, 51).reshape(2, 24)
 # every kind of grid, with and without a transform, and a head
@@ -51,18 +52,12 @@ def mixed(*, head: bool) -> Recipe:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Original and packed folder of a tiny architecture, made once; not to be changed."""
-    made: dict[str, tuple[Path, Path]] = {}
 
-    def folder(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            place = tmp_path_factory.mktemp(name)
-            model = tiny(name, place, dtype=torch.float32)
-            head = not json.loads((model / "config.json").read_text()).get("tie_word_embeddings", True)
-            quantized(model, place / "out", mixed(head=head))
-            made[name] = model, place / "out"
-        return made[name]
+    def write(_: str, model: Path, out: Path) -> None:
+        head = not json.loads((model / "config.json").read_text()).get("tie_word_embeddings", True)
+        quantized(model, out, mixed(head=head))
 
-    return folder
+    return made_once(tmp_path_factory, write)
 
 
 def dense_weights(out: Path) -> dict[str, Tensor]:

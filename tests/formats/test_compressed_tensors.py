@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from formats.llama import UNIFORM, entry_of, grids_of, make_llama, map_of, nearest, plan_of
+from formats.uniform_weights import uniform_weights
 from grids.toy_vector import ToyVectorGrid
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.core.structure import Matrix, ModelMap
 from mezzotint.errors import FormatError
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.targets import compact
-from mezzotint.grids.uniform import FittedUniform, UniformGrid
+from mezzotint.grids.uniform import UniformGrid
 
 FORM = CompressedTensors()
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,23 +35,13 @@ def matrix_of(shape: tuple[int, int], **changes: object) -> Matrix:
     return replace(matrix, **changes)
 
 
-@st.composite
-def weights(draw) -> QuantizedWeight:
-    """Any codes, scales and zero points: the format must not care where they come from."""
-    bits, group_size = draw(st.integers(2, 8)), draw(st.sampled_from([1, 4, 32, 40, None]))
-    rows, groups = draw(st.integers(1, 70)), 1 if group_size is None else draw(st.integers(1, 4))
-    columns = draw(st.integers(1, 130)) if group_size is None else group_size * groups
-    symmetric = draw(st.booleans())
-    dtype = draw(st.sampled_from(["float16", "bfloat16", "float32"]))
-    grid = UniformGrid(bits=bits, group_size=group_size, symmetric=symmetric, range="minmax", scale_dtype=dtype)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(rows, groups, generator=generator).to(grid.storage_dtype).float()
-    zero_point = torch.full((rows, groups), 2.0 ** (bits - 1))
-    if not symmetric:
-        zero_point = torch.randint(0, 2**bits, (rows, groups), generator=generator).float()
-    fitted = FittedUniform(grid=grid, shape=(rows, columns), scale=scale, zero_point=zero_point)
-    return QuantizedWeight(shape=(rows, columns), code=code, grid=fitted)
+ROWS = st.integers(1, 70)
+GROUPED = st.tuples(ROWS, st.integers(1, 4), st.sampled_from([1, 4, 32, 40])).map(lambda f: (f[0], f[1] * f[2], f[2]))
+WEIGHTS = uniform_weights(
+    st.integers(2, 8),
+    st.one_of(GROUPED, st.tuples(ROWS, st.integers(1, 130), st.none())),
+    ("float16", "bfloat16", "float32"),
+)
 
 
 def assert_same_weight(found: QuantizedWeight, expected: QuantizedWeight) -> None:
@@ -60,14 +51,14 @@ def assert_same_weight(found: QuantizedWeight, expected: QuantizedWeight) -> Non
     torch.testing.assert_close(dict(found.grid.parameters), dict(expected.grid.parameters), rtol=0, atol=0)
 
 
-@given(weight=weights())
+@given(weight=WEIGHTS)
 def test_read_inverts_write(weight: QuantizedWeight):
     matrix, grid = matrix_of(weight.shape), weight.grid.grid
     tensors = FORM.tensors(matrix, weight, grid.storage_dtype)
     assert_same_weight(FORM.weight(matrix, tensors, grid), weight)
 
 
-@given(weight=weights())
+@given(weight=WEIGHTS)
 def test_specs_tell_the_tensors(weight: QuantizedWeight):
     matrix, grid = matrix_of(weight.shape), weight.grid.grid
     tensors = FORM.tensors(matrix, weight, grid.storage_dtype)
@@ -76,7 +67,7 @@ def test_specs_tell_the_tensors(weight: QuantizedWeight):
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
-@given(weight=weights())
+@given(weight=WEIGHTS)
 def test_the_library_packs_the_same_words(weight: QuantizedWeight):
     matrix, grid = matrix_of(weight.shape), weight.grid.grid
     tensors = FORM.tensors(matrix, weight, grid.storage_dtype)
@@ -93,7 +84,7 @@ def test_the_library_packs_the_same_words(weight: QuantizedWeight):
         torch.testing.assert_close(unpacked, zero_point, rtol=0, atol=0)
 
 
-@given(weight=weights())
+@given(weight=WEIGHTS)
 def test_the_library_decodes_the_same_values(weight: QuantizedWeight):
     matrix, grid = matrix_of(weight.shape), weight.grid.grid
     strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group"}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from formats.llama import UNIFORM, entry_of, grids_of, make_llama, map_of, plan_of, write_folder
 from formats.make_gptq_golden import packed_by_the_book
 from formats.test_compressed_tensors import assert_same_weight, matrix_of
+from formats.uniform_weights import uniform_weights
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.errors import FormatError, ModelError
 from mezzotint.formats.checksums import FILE
@@ -26,30 +27,22 @@ GOLDEN = Path(__file__).parent / "golden" / "gptq"
 HALF = replace(UNIFORM, scale_dtype="float16")
 
 
-@st.composite
-def weights(draw) -> QuantizedWeight:
-    """Any codes, scales and zero points that the layout holds."""
-    bits, group_size = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([16, 32, 64, None]))
-    rows, columns = 32 * draw(st.integers(1, 3)), 64 * draw(st.integers(1, 3))
-    groups = columns // (group_size or columns)
-    symmetric = draw(st.booleans())
-    dtype = draw(st.sampled_from(["float16", "bfloat16"]))
-    grid = UniformGrid(bits=bits, group_size=group_size, symmetric=symmetric, range="minmax", scale_dtype=dtype)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(rows, groups, generator=generator).to(grid.storage_dtype).float()
-    zero_point = torch.full((rows, groups), 2.0 ** (bits - 1))
-    if not symmetric:
-        zero_point = torch.randint(0, 2**bits, (rows, groups), generator=generator).float()
-    fitted = FittedUniform(grid=grid, shape=(rows, columns), scale=scale, zero_point=zero_point)
-    return QuantizedWeight(shape=(rows, columns), code=code, grid=fitted)
+WEIGHTS = uniform_weights(
+    st.sampled_from([2, 3, 4, 8]),
+    st.tuples(
+        st.integers(1, 3).map(lambda n: 32 * n),
+        st.integers(1, 3).map(lambda n: 64 * n),
+        st.sampled_from([16, 32, 64, None]),
+    ),
+    ("float16", "bfloat16"),
+)
 
 
 def form_of(weight: QuantizedWeight) -> Gptq:
     return Gptq() if weight.grid.grid.symmetric else GptqV2()
 
 
-@given(weight=weights())
+@given(weight=WEIGHTS)
 def test_read_inverts_write(weight: QuantizedWeight):
     matrix, grid, form = matrix_of(weight.shape), weight.grid.grid, form_of(weight)
     tensors = form.tensors(matrix, weight, grid.storage_dtype)
@@ -59,7 +52,7 @@ def test_read_inverts_write(weight: QuantizedWeight):
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
-@given(weight=weights())
+@given(weight=WEIGHTS)
 def test_words_are_those_of_the_book(weight: QuantizedWeight):
     matrix, grid, form = matrix_of(weight.shape), weight.grid.grid, form_of(weight)
     tensors = form.tensors(matrix, weight, torch.float32)

@@ -19,6 +19,7 @@ from mezzotint.formats.schemes import (
     check_present,
     check_scale_dtype,
     packed_uniform,
+    refuses_bits,
     refuses_uniform,
     resolved,
     schemes_of,
@@ -74,16 +75,9 @@ class Gptq:
             return refusal
         grid = entry.grid
         assert isinstance(grid, UniformGrid)
-        if grid.bits not in _BITS:
-            best = min(_BITS, key=lambda b: (abs(b - grid.bits), -b))
-            return Refusal(
-                rule="gptq-bits",
-                what=f"grid.bits of {matrix.name}",
-                value=str(grid.bits),
-                limit=f"readers of {self.name} know 2, 3, 4 and 8",
-                remedy=f"The nearest is --set grid.bits={best}.",
-                nearest=replace(grid, bits=best),
-            )
+        refusal = refuses_bits(grid, matrix, _BITS, rule="gptq-bits", who=f"readers of {self.name} know")
+        if refusal is not None:
+            return refusal
         if any(size % _WORD for size in matrix.shape):
             return Refusal(
                 rule="gptq-words",

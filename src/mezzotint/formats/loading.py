@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mezzotint.core.contracts import Matrix, ModelMap
 from mezzotint.core.files import Entry, Plan, Refusal
-from mezzotint.formats.schemes import Scheme, schemes_of
+from mezzotint.formats.schemes import Scheme, listed, refuses_bits, schemes_of
 from mezzotint.grids.uniform import UniformGrid
 
 ANY = "any"
@@ -73,16 +73,9 @@ class Engine:
                 limit=f"{where} it dense only",
                 remedy="Keep it.",
             )
-        if grid.bits not in loads.bits:
-            best = min(loads.bits, key=lambda b: (abs(b - grid.bits), -b))
-            return Refusal(
-                rule="engine-bits",
-                what=f"grid.bits of {matrix.name}",
-                value=str(grid.bits),
-                limit=f"{where} {_listed(loads.bits)} bits",
-                remedy=f"The nearest is --set grid.bits={best}.",
-                nearest=replace(grid, bits=best),
-            )
+        refusal = refuses_bits(grid, matrix, loads.bits, rule="engine-bits", who=where)
+        if refusal is not None:
+            return refusal
         if not grid.symmetric and loads.zero_points == "no":
             return Refusal(
                 rule="engine-zero-points",
@@ -155,7 +148,7 @@ def _refuses_group(loads: Loads, grid: UniformGrid, matrix: Matrix, where: str) 
         rule="engine-group-size",
         what=f"grid.group_size of {matrix.name}",
         value="null" if size is None else str(size),
-        limit=f"{where} groups of {_listed(allowed)}{channel}",
+        limit=f"{where} groups of {listed(allowed)}{channel}",
         remedy=f"The nearest that divides {width} is --set grid.group_size={'null' if best is None else best}.",
         nearest=replace(grid, group_size=best),
     )
@@ -203,11 +196,6 @@ def _refuses_experts(model: ModelMap, schemes: Mapping[str, Scheme]) -> Refusal 
         limit="transformers cannot load dense experts from a packed folder",
         remedy="Use --for dense, which quantizes experts too, or --for vllm.",
     )
-
-
-def _listed(values: Sequence[int]) -> str:
-    *first, last = map(str, values)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 @cache

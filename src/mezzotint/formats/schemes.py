@@ -1,6 +1,6 @@
 """What files of uniform integers have in common: schemes of matrices, and what such files cannot hold."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -118,6 +118,40 @@ def _refuses_group(matrix: Matrix, grid: UniformGrid) -> Refusal | None:
         remedy=f"Sizes that divide it: {shown}; or null for one scale a row.",
         nearest=replace(grid, group_size=best),
     )
+
+
+def refuses_bits(grid: UniformGrid, matrix: Matrix, known: Sequence[int], *, rule: str, who: str) -> Refusal | None:
+    """Bits that a reader does not know, with the nearest that it knows, the more of two.
+
+    Args:
+        grid: of the matrix.
+        matrix: that it is about.
+        known: bits.
+        rule: name of it.
+        who: subject and verb, for the message.
+    """
+    if grid.bits in known:
+        return None
+    best = min(known, key=lambda b: (abs(b - grid.bits), -b))
+    return Refusal(
+        rule=rule,
+        what=f"grid.bits of {matrix.name}",
+        value=str(grid.bits),
+        limit=f"{who} {listed(known)} bits",
+        remedy=f"The nearest is --set grid.bits={best}.",
+        nearest=replace(grid, bits=best),
+    )
+
+
+def listed(values: Sequence[int]) -> str:
+    """Numbers as a sentence has them.
+
+    Example:
+        >>> listed((2, 3, 4)), listed((4,))
+        ('2, 3 and 4', '4')
+    """
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def check_scale_dtype(matrix: Matrix, grid: UniformGrid, dtype: torch.dtype) -> None:
