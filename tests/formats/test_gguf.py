@@ -13,7 +13,7 @@ from formats.make_gguf_golden import GOLDEN, TYPES
 from formats.models_for_gguf import CONFIGS, LLAMA3, TOKENIZER, make_model, write_file
 from mezzotint.errors import FormatError
 from mezzotint.formats import gguf_model, gguf_tokens
-from mezzotint.formats.gguf import FILE, dense_tensors
+from mezzotint.formats.gguf import FILE, stored_tensors
 from mezzotint.formats.gguf_file import GgufFile
 from mezzotint.grids.gguf import GgufGrid
 
@@ -38,16 +38,21 @@ def llama_file(tmp_path_factory):
 def test_every_tensor_comes_back(name, tmp_path):
     model = make_model(CONFIGS[name]())
     weights = write_file(model, "Q5_1", tmp_path)
-    found = dense_tensors(tmp_path / FILE, model.config.to_dict())
+    found = stored_tensors(tmp_path / FILE, model.config.to_dict())
     tied = model.config.tie_word_embeddings
     state = {n: v for n, v in model.state_dict().items() if not (tied and n == "lm_head.weight")}
     assert found.keys() == state.keys()
     for parameter, value in state.items():
-        shape, read = found[parameter]
+        shape, read = found[parameter].shape, found[parameter].dense
         assert shape == tuple(value.shape)
         matrix = parameter.removesuffix(".weight")
         if matrix in weights and parameter.endswith(".weight"):
             torch.testing.assert_close(read(), weights[matrix].dense(), rtol=0, atol=0)
+            again = found[parameter].weight()
+            torch.testing.assert_close(again.code, weights[matrix].code, rtol=0, atol=0)
+            torch.testing.assert_close(
+                dict(again.grid.parameters), dict(weights[matrix].grid.parameters), rtol=0, atol=0
+            )
         elif value.ndim == 1:
             # Gemma's norms are stored with one added: one rounding at 1
             torch.testing.assert_close(read(), value, rtol=0, atol=2e-7 if "gemma" in name else 0)
@@ -116,8 +121,8 @@ def test_golden_blocks(name):
 
 
 def read_all(path, config):
-    for _, read in dense_tensors(path, config).values():
-        read()
+    for stored in stored_tensors(path, config).values():
+        stored.dense()
 
 
 def test_a_flipped_bit_of_any_tensor_is_noticed(llama_file, tmp_path):
@@ -168,12 +173,12 @@ def test_files_of_others_are_refused(llama_file, tmp_path):
     folder, model, _ = llama_file
     other = make_model(CONFIGS["qwen2"]()).config.to_dict()
     with pytest.raises(FormatError, match=r"architecture 'llama'.*'qwen2'"):
-        dense_tensors(folder / FILE, other)
+        stored_tensors(folder / FILE, other)
     with pytest.raises(FormatError, match="not made by mezzotint, or is damaged"):
-        dense_tensors(GOLDEN / "types.gguf", model.config.to_dict())
+        stored_tensors(GOLDEN / "types.gguf", model.config.to_dict())
     (tmp_path / FILE).write_bytes(b"safetensors")
     with pytest.raises(FormatError, match="no GGUF file"):
-        dense_tensors(tmp_path / FILE, model.config.to_dict())
+        stored_tensors(tmp_path / FILE, model.config.to_dict())
 
 
 # ---- what has no counterpart ----------------------------------------------------------------------------------------

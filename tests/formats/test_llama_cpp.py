@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from formats.llama import fill
 from formats.models_for_gguf import CONFIGS, make_model, write_file
-from mezzotint.formats.gguf import FILE, dense_tensors, export
+from mezzotint.formats.gguf import FILE, stored_tensors, export
 
 PYTHON = os.environ.get("MEZZOTINT_LLAMA_CPP_PYTHON")
 WORKER = Path(__file__).parent / "llama_cpp_worker.py"
@@ -49,10 +49,10 @@ def logits_of(model):
 
 def refill(model, folder):
     """The model with every value of the file."""
-    found = dense_tensors(folder / FILE, model.config.to_dict())
+    found = stored_tensors(folder / FILE, model.config.to_dict())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(found[name][1]())
+            parameter.copy_(found[name].dense())
     return model
 
 

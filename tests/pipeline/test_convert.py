@@ -13,6 +13,7 @@ import mezzotint
 from mezzotint.cli.app import app
 from mezzotint.errors import ConfigError, FormatError, OutputError
 from mezzotint.pipeline.convert import MARK
+from mezzotint.pipeline.recipe import Rule, load_recipe
 from mezzotint.pipeline.source import open_packed
 from pipeline.runs import HELD_OUT, TINY_LLAMA, assert_same_tensors, quantized, tensors_of
 
@@ -96,8 +97,72 @@ def test_blocks_become_a_gguf_file_and_that_becomes_dense(tmp_path: Path) -> Non
         for name in ("dense", "out")
     ]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=0.05)  # dense values are rounded to bfloat16
-    with pytest.raises(FormatError, match="converts to dense only"):
-        mezzotint.convert(tmp_path / "out", "gptq", out=tmp_path / "none")
+
+
+def test_gguf_files_become_our_own_format_and_files_again(tmp_path: Path) -> None:
+    """Every type, blocks as they are; the tables become dense."""
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    types = dict(zip(names, ("Q2_K", "Q3_K", "Q4_1", "Q5_K", "Q6_K", "IQ4_NL", "Q5_1"), strict=True))
+    rules = [Rule(match=f"*.{name}_proj", set={"grid.type": kind}) for name, kind in types.items()]
+    recipe = load_recipe("rtn").with_settings({"grid.kind": "gguf", "grid.range": "error"}).with_rules(rules)
+    start = tmp_path / "start"
+    quantized(TINY_LLAMA, start, recipe, engine="llama.cpp", keep=["*.[12].*"])
+    mezzotint.convert(start, "mezzotint", out=tmp_path / "own")
+    mezzotint.convert(tmp_path / "own", "gguf", out=tmp_path / "again")
+    original, own, again = (open_packed(tmp_path / name)[1] for name in ("start", "own", "again"))
+    assert original.keys() == own.keys() == again.keys()
+    for name, packed in original.items():
+        for other in (own[name], again[name]):
+            assert other.grid.type == packed.grid.type == types[name.rpartition("_proj")[0].rpartition(".")[2]]
+            torch.testing.assert_close(other.weight().code, packed.weight().code, rtol=0, atol=0)
+            torch.testing.assert_close(other.dense(), packed.dense(), rtol=0, atol=0)
+
+
+def of_type(kind: str, folder: Path) -> Path:
+    """A GGUF file with the attention of one block on a type."""
+    settings = {"grid.kind": "gguf", "grid.type": kind}
+    quantized(TINY_LLAMA, folder, "rtn", engine="llama.cpp", settings=settings, keep=["*.mlp.*", "*.[12].*"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "forms"),
+    [
+        ("Q4_0", 4, ("compressed-tensors", "gptq")),
+        ("Q5_0", 5, ("compressed-tensors",)),
+        ("Q8_0", 8, ("compressed-tensors", "gptq-v2")),
+    ],
+)
+def test_blocks_of_integers_become_integers(kind: str, bits: int, forms: tuple[str, ...], tmp_path: Path) -> None:
+    start = of_type(kind, tmp_path / "start")
+    _, blocks = open_packed(start)
+    for form in forms:
+        mezzotint.convert(start, form, out=tmp_path / form)
+        source, integers = open_packed(tmp_path / form)
+        assert source.config.dtype == torch.float16
+        assert integers.keys() == blocks.keys()
+        for name, packed in integers.items():
+            grid = packed.grid
+            assert (grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype) == (bits, 32, True, "float16")
+            torch.testing.assert_close(packed.weight().code, blocks[name].weight().code, rtol=0, atol=0)
+            torch.testing.assert_close(packed.dense(), blocks[name].dense(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("Q4_1", "groups have a minimum"),
+        ("Q5_K", "groups have a minimum"),
+        ("Q6_K", "products of two numbers"),
+        ("IQ4_NL", "numbers of a table"),
+    ],
+)
+def test_blocks_that_are_no_integers_are_refused(kind: str, reason: str, tmp_path: Path) -> None:
+    start = of_type(kind, tmp_path / "start")
+    for form in ("compressed-tensors", "gptq"):
+        with pytest.raises(FormatError, match=rf"{kind}; .*{reason}.*\[block-type\]"):
+            mezzotint.convert(start, form, out=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"start"}
 
 
 @pytest.mark.parametrize(
@@ -196,9 +261,9 @@ def test_trellis_codes_go_to_exl3_and_back(tmp_path: Path) -> None:
     assert found[0].perplexity == pytest.approx(found[1].perplexity, rel=1e-6)
 
 
-@pytest.mark.parametrize(("form", "rule"), [("exl3", "exl3-code"), ("gptq", "uniform-only")])
-def test_other_codes_are_not_those_of_exl3(form: str, rule: str, tmp_path: Path) -> None:
+def test_other_codes_are_not_those_of_exl3(tmp_path: Path) -> None:
     settings = {"grid.bits": 2.5, "grid.kind": "trellis", "transform.kind": "hadamard", "rounding.kind": "nearest"}
     start = made("mezzotint", tmp_path / "start", settings)
-    with pytest.raises(FormatError, match=rf"\[{rule}\]"):
-        mezzotint.convert(start, form, out=tmp_path / "out")
+    for form, rule in (("exl3", "exl3-code"), ("gptq", "uniform-only")):
+        with pytest.raises(FormatError, match=rf"\[{rule}\]"):
+            mezzotint.convert(start, form, out=tmp_path / "out")

@@ -1,12 +1,15 @@
 """Packed weights of a folder as dense ones: what a reader needs to see a quantized folder like any other."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mezzotint.core.files import Format, PackedWeight
 from mezzotint.errors import ModelError
+from mezzotint.formats import gguf
 from mezzotint.registry import FORMATS
 
 
@@ -35,3 +38,28 @@ def packed_weights(
         f"the model is already quantized: quantization_config has quant_method {method!r}, format {layout!r}, and none "
         f"of the formats {', '.join(FORMATS)} reads that. Give the original model. [already-quantized]"
     )
+
+
+def block_weights(path: Path, config: Mapping[str, Any]) -> dict[str, PackedWeight]:
+    """The matrices of blocks in a GGUF file of ours, by the names of their weights in a checkpoint; not the tables.
+
+    Args:
+        path: of the file.
+        config: of the model, as a dictionary.
+
+    Raises:
+        FormatError: the file is damaged or another program's.
+    """
+    found = {}
+    for name, stored in gguf.stored_tensors(path, config).items():
+        if stored.grid is not None and stored.place not in gguf.TABLES:
+            rows, columns = stored.shape
+            found[name] = PackedWeight(
+                parts=(stored.place,),
+                dtype=torch.float32,
+                shape=(rows, columns),
+                grid=stored.grid,
+                transform=None,
+                weight=stored.weight,
+            )
+    return found

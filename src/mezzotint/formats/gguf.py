@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from gguf import GGUFWriter, LlamaFileType
@@ -24,7 +24,7 @@ FILE = "model.gguf"
 NAMES = "mezzotint.names"  # of the tensors in the checkpoint, in the order of the file; empty for what llama.cpp adds
 _BLOCKS = ".weight_blocks"
 _BY_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
-_TABLES = ("token_embd.weight", "output.weight")
+TABLES = ("token_embd.weight", "output.weight")
 _HEADER, _HEADER_TENSOR = 4096, 160  # bytes: settings, and both names, shape, place and checksum of a tensor
 _QUANTIZATION_VERSION = 2  # of llama.cpp's block layouts
 
@@ -33,7 +33,7 @@ class Gguf:
     """Blocks of GGUF types.
 
     While a run works, matrices lie in safetensors files as in our own format, with checksums; `finish` makes one file
-    of them, ``model.gguf``, which llama.cpp runs and `gguf_checkpoint` reads.
+    of them, ``model.gguf``, which llama.cpp runs and `stored_tensors` reads.
 
     Norms and biases become float32, as llama.cpp wants them; other kept matrices stay in the checkpoint's dtype, but
     for the embedding and the head, which take the types of llama.cpp's presets (`table_type`).
@@ -163,7 +163,7 @@ def export(
     for name, new in names.items():
         if name not in packed:
             tied = "output.weight" not in names.values()
-            grid = table_grid(new, _shape(held[name], name), types, tied=tied) if tables and new in _TABLES else None
+            grid = table_grid(new, _shape(held[name], name), types, tied=tied) if tables and new in TABLES else None
             order = row_order(name, _shape(held[name], name)[0])
             outgoing.append(_kept(held[name], name, new, architecture, order, grid=grid))
     outgoing += [
@@ -172,7 +172,7 @@ def export(
     ]
     outgoing.sort(key=lambda tensor: _place(tensor.name))
     original = {new: name for name, new in names.items()}
-    rows = next(t.shape[0] for t in outgoing if t.name == _TABLES[0])
+    rows = next(t.shape[0] for t in outgoing if t.name == TABLES[0])
     types = types or [t.type for t in outgoing if len(t.shape) > 1]
 
     def describe(writer: GGUFWriter) -> None:
@@ -203,7 +203,7 @@ def kept_bytes(folder: Path, config: Mapping[str, object], specs: Sequence[Tenso
         spec = kept[name]
         if len(spec.shape) == 1:
             total += 4 * spec.shape[0]
-        elif new in _TABLES:  # an embedding takes at most what most matrices have, and these at most Q8_0
+        elif new in TABLES:  # an embedding takes at most what most matrices have, and these at most Q8_0
             grid = table_grid(new, spec.shape, ["Q8_0"], tied=tied)
             total += grid.stored_bits((spec.shape[0], spec.shape[1])).total // 8
         else:
@@ -317,8 +317,24 @@ def _file_type(types: Sequence[str]) -> int:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def dense_tensors(path: Path, config: Mapping[str, object]) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
-    """Shape and reader, in float32, of every tensor of a file, by the name it has in a checkpoint of the model.
+class Stored(NamedTuple):
+    """A tensor of a file, by the name it has in a checkpoint.
+
+    Attributes:
+        grid: of blocks; None for plain numbers.
+        dense: reads its values, in float32.
+        weight: reads its blocks, rows in the checkpoint's order; not for plain numbers.
+    """
+
+    place: str
+    shape: tuple[int, ...]
+    grid: GgufGrid | None
+    dense: Callable[[], Tensor]
+    weight: Callable[[], QuantizedWeight]
+
+
+def stored_tensors(path: Path, config: Mapping[str, object]) -> dict[str, Stored]:
+    """Every tensor of a file, by the name it has in a checkpoint of the model.
 
     Args:
         path: of the file.
@@ -341,19 +357,25 @@ def dense_tensors(path: Path, config: Mapping[str, object]) -> dict[str, tuple[t
     for new, name in zip(file.tensors, names, strict=True):
         if not name:
             continue
-        shape = file.tensors[new].shape
-        order = gguf_model.row_order(architecture, config, name, shape[0])
+        info = file.tensors[new]
+        order = gguf_model.row_order(architecture, config, name, info.shape[0])
         shift = architecture.norm_shift if name.endswith("norm.weight") else 0.0
-        result[name] = (shape, partial(_dense, file, new, order, shift))
+        grid = GgufGrid(type=info.type) if info.type in BLOCK_TYPES else None  # type: ignore[arg-type]
+        weight = partial(_blocks, file, new, order, grid)
+        dense = partial(_plain, file, new, order, shift) if grid is None else lambda weight=weight: weight().dense()
+        result[name] = Stored(new, info.shape, grid, dense, weight)
     return result
 
 
-def _dense(file: GgufFile, name: str, order: Tensor | None, shift: float) -> Tensor:
-    info = file.tensors[name]
-    value = file.read(name)
-    if info.type in BLOCK_TYPES:
-        grid = GgufGrid(type=info.type)  # type: ignore[arg-type]
-        code, fitted = grid.restore((info.shape[0], info.shape[1]), {"blocks": value})
-        value = fitted.decode(code)
-    value = value.float() - shift
-    return value if order is None else torch.empty_like(value).index_copy_(0, order, value)
+def _plain(file: GgufFile, name: str, order: Tensor | None, shift: float) -> Tensor:
+    value = file.read(name).float() - shift
+    return value if order is None else value[order.argsort()]
+
+
+def _blocks(file: GgufFile, name: str, order: Tensor | None, grid: GgufGrid | None) -> QuantizedWeight:
+    assert grid is not None, f"{name} has no blocks"
+    rows, columns = file.tensors[name].shape
+    blocks = file.read(name)
+    blocks = blocks if order is None else blocks[order.argsort()]
+    code, fitted = grid.restore((rows, columns), {"blocks": blocks})
+    return QuantizedWeight(shape=(rows, columns), code=code, grid=fitted)

@@ -18,6 +18,7 @@ from mezzotint.errors import ConfigError, FormatError, OutputError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.formats.gguf import FILE
 from mezzotint.formats.loading import ANY, engines
+from mezzotint.formats.regrid import INTEGERS, as_integers
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.models import Source
 from mezzotint.pipeline.card import write_card
@@ -113,19 +114,17 @@ def convert(
 def _planned(folder: Path, name: str, engine: str | None, *, trust_remote_code: bool) -> _Conversion:
     """Everything that can be decided from headers."""
     source, packed = open_packed(folder, trust_remote_code=trust_remote_code)
-    if not packed and not source.checkpoint.checkpoint.derived:
+    if not packed:
         raise ConfigError(
             f"{str(folder)!r} holds no packed weights, so there is nothing to convert. Quantize it: mezzotint quantize."
-        )
-    if not packed and name != "dense":
-        raise FormatError(
-            f"{str(folder)!r} is a GGUF file, whose blocks no other format holds: it converts to dense only. Quantize "
-            f"the original again: --format {name}."
         )
     form: Format = FORMATS[name]()
     loading = engines()[engine or ANY]
     dtype = _dtype(source, packed)
     owners = _matrices(source, packed)
+    if form.name in INTEGERS and any(weight.grid.kind == "gguf" for weight in owners.values()):
+        owners = {matrix: as_integers(matrix, weight) for matrix, weight in owners.items()}
+        dtype = torch.float16  # that of the scales: other checkpoints' engines would round them
     entries = []
     for block, matrix in matrices_in_order(source):
         if matrix.name not in owners:
@@ -235,6 +234,9 @@ def _write(made: _Conversion, folder: Path, *, trust_remote_code: bool, step: Ca
                 writer.copy(name, info.path, info.offset)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
+    if made.dtype != _dtype(source, made.packed):
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(made.dtype).removeprefix("torch.")
     quantization = form.config(plan, source.map)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)

@@ -15,7 +15,7 @@ from mezzotint.core.files import PackedWeight
 from mezzotint.errors import ModelError
 from mezzotint.formats import gguf
 from mezzotint.formats.checksums import checked
-from mezzotint.formats.decoded import packed_weights
+from mezzotint.formats.decoded import block_weights, packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
 from mezzotint.models.checkpoint import TensorInfo
 
@@ -56,7 +56,9 @@ def open_source(model: Path, *, trust_remote_code: bool = False) -> Source:
 
 
 def open_packed(model: Path, *, trust_remote_code: bool = False) -> tuple[Source, Mapping[str, PackedWeight]]:
-    """A model as a source of dense parameters, and its packed weights by the names of these; of GGUF files none.
+    """A model as a source of dense parameters, and its packed weights by the names of these.
+
+    Of GGUF files the matrices of blocks count, not the embedding and the head.
 
     Raises:
         ModelError: it cannot be used.
@@ -64,14 +66,12 @@ def open_packed(model: Path, *, trust_remote_code: bool = False) -> tuple[Source
     """
     file = model if model.suffix == ".gguf" and model.is_file() else model / gguf.FILE
     if file.is_file():
-        return (
-            open_model(
-                file.parent,
-                trust_remote_code=trust_remote_code,
-                read=lambda config: of_gguf(file, config.to_dict()),
-            ),
-            {},
+        source = open_model(
+            file.parent,
+            trust_remote_code=trust_remote_code,
+            read=lambda config: of_gguf(file, config.to_dict()),
         )
+        return source, block_weights(file, source.config.to_dict())
     packed: dict[str, PackedWeight] = {}
 
     def decode(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
@@ -97,11 +97,12 @@ def of_gguf(path: Path, config: Mapping[str, Any]) -> Checkpoint:
     Raises:
         FormatError: it is damaged or another program's.
     """
-    found = gguf.dense_tensors(path, config)
+    found = gguf.stored_tensors(path, config)
     tensors = {
-        name: TensorInfo(path, torch.float32, shape, 0, 4 * math.prod(shape)) for name, (shape, _) in found.items()
+        name: TensorInfo(path, torch.float32, stored.shape, 0, 4 * math.prod(stored.shape))
+        for name, stored in found.items()
     }
-    derived = {name: read for name, (_, read) in found.items()}
+    derived = {name: stored.dense for name, stored in found.items()}
     return Checkpoint(folder=path.parent, tensors=MappingProxyType(tensors), derived=MappingProxyType(derived))
 
 
