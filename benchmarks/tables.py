@@ -365,6 +365,30 @@ def filled(text: str, *blocks: list[str]) -> str:
     return re.sub(r"(?<=<!-- results -->).*?(?=<!-- /results -->)", lambda _: body, text, flags=re.DOTALL)
 
 
+def engines() -> list[str]:
+    """What real engines made of what was written for them."""
+    rows = rows_of("engines")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: (r["version"], r["format"], r["bits"])):
+        cells.setdefault((row["version"], row["format"], row["bits"]), {})[row["model"]] = row
+    lines = [
+        f"| engine | format | bits | {' | '.join(models)} | tokens written | over HTTP |",
+        f"|---|---|---|{'---|' * len(models)}---|---|",
+    ]
+    for (version, form, bits), found in cells.items():
+        differences = [found[m]["largest_log_probability_difference"] if m in found else None for m in models]
+        shown = " | ".join("" if d is None else "0" if d == 0 else f"{d:.2g}" for d in differences)
+        written = min(row["tokens_generated"] for row in found.values())
+        http = {None: "", True: "yes", False: "no"}[next(iter(found.values()))["http"]]
+        lines.append(f"| {version} | {form} | {bits} | {shown} | {written} | {http} |")
+    heading = (
+        "Largest difference of a log-probability from the dense folder's, in nats, over the tokens of held-out text;\n"
+        "tokens that the engine wrote behind it, and whether it was asked through its server (`make test-engines`):"
+    )
+    return [heading, "", *lines]
+
+
 def pages() -> dict[Path, tuple[list[str], ...]]:
     """The tables of every page."""
     docs = ROOT / "docs"
@@ -375,6 +399,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
         docs / "allocation.md": (allocations(), latencies()),
         docs / "submodules.md": (submodules(), submodules_short()),
         docs / "long-runs.md": tuple(block for block in (bounded(), growth(), ranks()) if block),
+        docs / "engines.md": (engines(),),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
         docs / "choose.md": (quality(), corrections(), trellises(), generation(), costs()),
     }

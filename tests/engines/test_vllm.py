@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mezzotint
+from engines.workers import needs, run_worker
 from mezzotint.pipeline.recipe import Rule, load_recipe
 from pipeline.runs import TINY_LLAMA, quantized, stock
 
@@ -28,10 +29,7 @@ RULES = [
 ]
 
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(PYTHON is None, reason="MEZZOTINT_VLLM_PYTHON names no python that has vLLM and mezzotint"),
-]
+pytestmark = needs("MEZZOTINT_VLLM_PYTHON", "vLLM and mezzotint")
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +59,8 @@ def log_probabilities(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["packed", "dense"])
 def test_any_mixture_agrees_with_the_dense_folder(mode: str, folder: Path) -> None:
-    done = subprocess.run(
-        [str(PYTHON), str(WORKER), str(folder), "bfloat16", json.dumps(PROMPTS)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env={**os.environ, "MEZZOTINT_VLLM": mode},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    found = torch.tensor(json.loads(lines[-1].removeprefix("RESULT ")))
+    arguments = str(folder), "bfloat16", json.dumps(PROMPTS)
+    found = torch.tensor(run_worker(PYTHON, WORKER, *arguments, env={"MEZZOTINT_VLLM": mode}))
     twin = log_probabilities(folder.with_name("dense"))
     # Weights, inputs and outputs of some 20 products in turn are rounded to bfloat16, by 2^-9 of their size each; log-
     # probabilities are differences of logits that are as large as they.

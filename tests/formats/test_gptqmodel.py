@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engines.workers import needs, run_worker
 from formats.llama import CONFIG, Choice, fill, make_llama, write_folder
 from mezzotint.core.structure import Matrix
 from mezzotint.formats.gptq import Gptq, GptqV2
@@ -22,10 +22,7 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_llama"
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
 PROMPTS = [list(range(3, 27)), list(range(50, 2, -2))]
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(PYTHON is None, reason="MEZZOTINT_GPTQ_PYTHON names no python that has gptqmodel and optimum"),
-]
+pytestmark = needs("MEZZOTINT_GPTQ_PYTHON", "gptqmodel and optimum")
 
 
 def write(choose: Choice, form: Gptq, dtype: torch.dtype, folder: Path) -> tuple[Tensor, Tensor]:
@@ -45,14 +42,7 @@ def logits_of(model: LlamaForCausalLM) -> Tensor:
 
 def read(reader: str, folder: Path, dtype: str) -> Tensor:
     target = folder / "logits.pt"
-    done = subprocess.run(
-        [str(PYTHON), str(WORKER), reader, str(folder), dtype, json.dumps(PROMPTS), str(target)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    run_worker(PYTHON, WORKER, reader, str(folder), dtype, json.dumps(PROMPTS), str(target), "0")
     return torch.load(target)
 
 

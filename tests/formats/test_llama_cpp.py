@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,35 +9,24 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from engines.workers import needs, run_worker
 from formats.llama import fill
 from formats.models_for_gguf import CONFIGS, make_model, write_file
-from mezzotint.formats.gguf import FILE, stored_tensors, export
+from mezzotint.formats.gguf import FILE, export, stored_tensors
 
 PYTHON = os.environ.get("MEZZOTINT_LLAMA_CPP_PYTHON")
 WORKER = Path(__file__).parent / "llama_cpp_worker.py"
 PROMPTS = [list(range(3, 51)), list(range(1000, 952, -1))]
 TEXT = "Once upon a time, in 1999, there wasn't  a cat; was there?"
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(PYTHON is None, reason="MEZZOTINT_LLAMA_CPP_PYTHON names no python that has llama-cpp-python"),
-]
+pytestmark = needs("MEZZOTINT_LLAMA_CPP_PYTHON", "llama-cpp-python")
 every_model = pytest.mark.parametrize("name", CONFIGS)
 
 
 def run(folder):
     """Logits ``[prompt, token, vocabulary]``, the tokens of `TEXT`, and what follows it."""
     target = folder / "logits.npy"
-    done = subprocess.run(
-        [str(PYTHON), str(WORKER), str(folder / FILE), json.dumps(PROMPTS), TEXT, str(target)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    found = json.loads(lines[-1].removeprefix("RESULT "))
+    found = run_worker(PYTHON, WORKER, str(folder / FILE), json.dumps(PROMPTS), TEXT, str(target))
     return torch.from_numpy(np.load(target)), found["tokens"], found["written"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engines.workers import needs, run_worker
 from formats.llama import CONFIG, Choice, fill, make_llama, write_folder
 from mezzotint.core.files import Format
 from mezzotint.core.structure import Matrix
@@ -28,23 +28,7 @@ SIZES = {
 }
 PROMPTS = [list(range(3, 27)), list(range(50, 2, -2))]
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(PYTHON is None, reason="MEZZOTINT_VLLM_PYTHON names no python that has vLLM"),
-]
-
-
-def log_probabilities_of_vllm(folder: Path) -> list[list[float]]:
-    done = subprocess.run(
-        [str(PYTHON), str(WORKER), str(folder), "bfloat16", json.dumps(PROMPTS)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+pytestmark = needs("MEZZOTINT_VLLM_PYTHON", "vLLM")
 
 
 def log_probabilities(model: LlamaForCausalLM) -> Tensor:
@@ -62,7 +46,8 @@ def assert_agrees(choose: Choice, form: Format, folder: Path) -> None:
     # On processors with AMX vLLM rounds activations to 8 bits, which costs 0.16 here; rounding the weights costs 1 to
     # 1.5, and misreading them more.
     tolerance = (original - twin).abs().max().item() / 4
-    torch.testing.assert_close(torch.tensor(log_probabilities_of_vllm(folder)), twin, rtol=0, atol=tolerance)
+    found = torch.tensor(run_worker(PYTHON, WORKER, str(folder), "bfloat16", json.dumps(PROMPTS)))
+    torch.testing.assert_close(found, twin, rtol=0, atol=tolerance)
 
 
 # without a GPU vLLM has kernels for 4 bits only; per channel some take widths that are multiples of 128
