@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -114,9 +115,15 @@ def read_by_vllm(folder: Path, tokens: list[int]) -> Read:
 
 
 def read_by_llama_cpp(folder: Path, tokens: list[int]) -> Read:
-    command = [str(LLAMA_CPP), str(HERE / "llama_cpp_server.py"), str(folder / "model.gguf"), "{port}"]
+    """Its server shifts the log-probabilities of prompts that begin without a BOS: they are asked for without it."""
+    file, target = folder / "model.gguf", folder / "logits.npy"
+    worker = ROOT / "tests" / "formats" / "llama_cpp_worker.py"
+    run_worker(LLAMA_CPP, worker, str(file), json.dumps([tokens]), PROMPT, str(target))
     version = f"llama-cpp-python {version_of(str(LLAMA_CPP), 'llama-cpp-python')}"
-    return _over_http(command, folder, tokens, version)
+    answered = _over_http(
+        [str(LLAMA_CPP), str(HERE / "llama_cpp_server.py"), str(file), "{port}"], folder, tokens, version
+    )
+    return answered._replace(found=_of_tokens(torch.from_numpy(np.load(target)), tokens))
 
 
 def _over_http(command: list[str], folder: Path, tokens: list[int], version: str) -> Read:

@@ -114,7 +114,7 @@ def convert(
 def _planned(folder: Path, name: str, engine: str | None, *, trust_remote_code: bool) -> _Conversion:
     """Everything that can be decided from headers."""
     source, packed = open_packed(folder, trust_remote_code=trust_remote_code)
-    if not packed:
+    if not packed and (name != "dense" or not source.checkpoint.checkpoint.derived):
         raise ConfigError(
             f"{str(folder)!r} holds no packed weights, so there is nothing to convert. Quantize it: mezzotint quantize."
         )
