@@ -14,7 +14,7 @@ JOBS ?= 2
 # The plugin imports vLLM, which is not among what the tests install; the engine tests cover it.
 DOCTESTS := --doctest-modules src/mezzotint --ignore src/mezzotint/engines/vllm.py
 
-.PHONY: venv demo docs test test-slow test-engines test-gpu check bench clean
+.PHONY: venv demo docs test test-slow test-engines test-gpu check bench peers clean
 
 venv: $(STAMP)
 
@@ -93,6 +93,26 @@ check: venv
 bench: venv
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with calibration/wikipedia.txt and wikitext2/wiki.test.raw" >&2; exit 2; }
 	$(BIN)/python -m benchmarks quality --model $(or $(MODEL),demo/smollm2) --data $(DATA) --name SmolLM2-135M-Instruct
+
+# Other quantizers beside ours, each in an environment of its own under PEERS, made on first use.
+PEERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mezzotint/peers
+PEER_NAMES := $(basename $(notdir $(wildcard benchmarks/peers/environments/*.txt)))
+
+peers: venv $(PEER_NAMES:%=$(PEERS)/%/.made)
+	@test -n "$(DATA)" || { echo "make peers DATA=FOLDER: a folder with calibration/wikipedia.txt and wikitext2/wiki.test.raw" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.peers --model $(or $(MODEL),demo/smollm2) --data $(DATA) --name SmolLM2-135M-Instruct --environments $(PEERS)
+
+# torch comes first, without a GPU's: some build against it
+$(PEERS)/%/.made: benchmarks/peers/environments/%.txt
+	$(PYTHON) -m venv $(@D)
+	@pinned=$$(grep '^torch==' constraints.txt); \
+	$(@D)/bin/python -m pip install -q setuptools wheel packaging "$$pinned+cpu" || \
+	$(@D)/bin/python -m pip install -q setuptools wheel packaging "$$pinned"
+	$(@D)/bin/python -m pip install -q --constraint <(grep '^torch==' constraints.txt) --no-build-isolation -r $<
+	$(AFTER_$*)
+	touch $@
+
+AFTER_onecomp = $(@D)/bin/python -m pip install -q --no-deps --ignore-requires-python onecomp==1.4.0
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Other quantizers on the same model, calibration windows and evaluation, each in an environment of its own."""
