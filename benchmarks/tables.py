@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import table
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
@@ -401,6 +403,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
         docs / "long-runs.md": tuple(block for block in (bounded(), growth(), ranks()) if block),
         docs / "engines.md": (engines(),),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
+        docs / "peers.md": table.blocks(),
         docs / "choose.md": (quality(), corrections(), trellises(), generation(), costs()),
     }
 
