@@ -178,7 +178,7 @@ def test_refusals_before_any_work(
 def test_a_model_whose_roles_are_unknown_is_refused(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mezzotint.models.roles._whole", lambda _: None)
+    monkeypatch.setattr("mezzotint.models.roles._whole", lambda *_: None)
     with pytest.raises(ConfigError, match=r"'qk' of model\.layers\.0 .* no matrix is known to have the role 'q'"):
         descended(tiny_folder("llama"), tmp_path / "out", "lpcd-gptq", bits=3)
 
