@@ -19,7 +19,7 @@ from transformers import (
 
 from formats.llama import map_of, plan_of, write_folder
 from mezzotint.core.contracts import QuantizedWeight
-from mezzotint.formats.gguf import FILE, Gguf
+from mezzotint.formats.gguf import FILE, Gguf, stored_tensors
 from mezzotint.grids.gguf import GgufGrid
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_llama"
@@ -85,3 +85,12 @@ def write_file(model: PreTrainedModel, type_name: str, folder: Path) -> dict[str
     assert size == (folder / FILE).stat().st_size
     assert not list(folder.glob("*.safetensors"))
     return weights
+
+
+def refill(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with every value of the file."""
+    found = stored_tensors(folder / FILE, model.config.to_dict())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name].dense())
+    return model

@@ -179,6 +179,24 @@ def test_dtype_of_scales(scale_dtype: str, checkpoint: torch.dtype, accepted: bo
         FORM.specs(matrix_of((8, 64)), grid, checkpoint)
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_the_packing_of_older_versions_is_told_apart(bits: int):
+    """Whole codes in each word, the rest of it empty: what versions before 0.18 wrote and read."""
+    grid = replace(UNIFORM, bits=bits, group_size=32)
+    weight = nearest(torch.randn(8, 64), grid)
+    tensors = dict(FORM.tensors(matrix_of((8, 64)), weight, torch.float32))
+    name = next(name for name in tensors if name.endswith("weight_packed"))
+    inside = 32 // bits
+    code = torch.nn.functional.pad(weight.code.long(), (0, -64 % inside)).view(8, -1, inside)
+    words = (code << torch.arange(0, inside * bits, bits)).sum(-1)
+    tensors[name] = words.to(torch.int32)
+    with pytest.raises(FormatError, match=rf"{name} has {words.shape[1]} words .* before 0\.18\. Make"):
+        FORM.weight(matrix_of((8, 64)), tensors, grid)
+    tensors[name] = words.to(torch.int32)[:, :2]
+    with pytest.raises(FormatError, match=rf"{name} has 2 words .* of another width"):
+        FORM.weight(matrix_of((8, 64)), tensors, grid)
+
+
 def test_weight_of_another_shape_is_an_error():
     tensors = FORM.tensors(matrix_of((8, 64)), nearest(torch.randn(8, 64), UNIFORM), torch.float32)
     with pytest.raises(FormatError, match=r"stored with shape \(8, 64\); the model has \(8, 32\)"):

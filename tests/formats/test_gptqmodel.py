@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engines.workers import needs, run_worker
@@ -25,6 +25,20 @@ PROMPTS = [list(range(3, 27)), list(range(50, 2, -2))]
 pytestmark = needs("MEZZOTINT_GPTQ_PYTHON", "gptqmodel and optimum")
 
 
+class Multiplied(nn.Module):
+    """The product as GPTQModel computes it, by the matrix of inputs and outputs.
+
+    Some processors add up float16 products of a transposed matrix, which `nn.Linear` has, in another order.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(linear.weight.detach().t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x.flatten(0, -2), self.matrix).view(*x.shape[:-1], -1)
+
+
 def write(choose: Choice, form: Gptq, dtype: torch.dtype, folder: Path) -> tuple[Tensor, Tensor]:
     """Logits of the original, and of the twin of what was written."""
     model = make_llama(LlamaConfig(**(CONFIG.to_dict() | SIZES)), dtype)
@@ -32,7 +46,10 @@ def write(choose: Choice, form: Gptq, dtype: torch.dtype, folder: Path) -> tuple
     weights = write_folder(model, choose, form, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, folder)
-    return original, logits_of(fill(model, weights))
+    fill(model, weights)
+    for name in weights:
+        model.set_submodule(name, Multiplied(model.get_submodule(name)))
+    return original, logits_of(model)
 
 
 def logits_of(model: LlamaForCausalLM) -> Tensor:

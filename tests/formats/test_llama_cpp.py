@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from engines.workers import needs, run_worker
 from formats.llama import fill
-from formats.models_for_gguf import CONFIGS, make_model, write_file
-from mezzotint.formats.gguf import FILE, export, stored_tensors
+from formats.models_for_gguf import CONFIGS, make_model, refill, write_file
+from mezzotint.formats.gguf import FILE, export
 
 PYTHON = os.environ.get("MEZZOTINT_LLAMA_CPP_PYTHON")
 WORKER = Path(__file__).parent / "llama_cpp_worker.py"
@@ -33,15 +33,6 @@ def run(folder):
 def logits_of(model):
     with torch.no_grad():
         return model(torch.tensor(PROMPTS)).logits.float()
-
-
-def refill(model, folder):
-    """The model with every value of the file."""
-    found = stored_tensors(folder / FILE, model.config.to_dict())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(found[name].dense())
-    return model
 
 
 def assert_near(logits, twin, *, blocks_of):

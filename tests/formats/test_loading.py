@@ -1,15 +1,19 @@
 """What engines load: the tables, and the rules that follow from them."""
 
+import itertools
+import re
 from dataclasses import replace
 
 import pytest
 
 from formats.llama import UNIFORM, entry_of, grids_of, make_llama, map_of, plan_of
 from mezzotint.core.structure import Matrix
+from mezzotint.errors import ConfigError
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.gptq import Gptq, GptqV2
 from mezzotint.formats.loading import ANY, engines
 from mezzotint.grids.uniform import UniformGrid
+from mezzotint.pipeline.request import check_engine
 from mezzotint.registry import FORMATS
 
 MODEL = map_of(make_llama())
@@ -27,6 +31,29 @@ def test_tables_name_formats_that_there_are():
         assert set(engine.loads) <= set(engine.formats)
         for loads in engine.loads.values():
             assert set(loads.menu) <= set(loads.bits) <= set(range(2, 9))
+
+
+LOADS = {
+    "transformers": {"compressed-tensors", "gptq", "gptq-v2", "gguf", "mezzotint", "dense"},
+    "gptqmodel": {"gptq", "gptq-v2", "dense"},
+    "vllm": {"compressed-tensors", "gptq", "gptq-v2", "mezzotint", "dense"},
+    "vllm-cpu": {"compressed-tensors", "gptq", "gptq-v2", "mezzotint", "dense"},
+    "sglang": {"compressed-tensors", "gptq", "gptq-v2", "dense"},
+    "exllamav3": {"exl3"},
+    "llama.cpp": {"gguf"},
+    "mezzotint": set(FORMATS),
+    "dense": {"dense"},
+}
+
+
+def test_what_an_engine_does_not_load_is_refused_by_name():
+    assert LOADS.keys() == engines().keys() - {ANY}
+    for (engine, loads), form in itertools.product(LOADS.items(), FORMATS):
+        if form in loads:
+            check_engine(engine, form)
+        else:
+            with pytest.raises(ConfigError, match=rf"--format is {form}, and --for {re.escape(engine)} loads"):
+                check_engine(engine, form)
 
 
 @pytest.mark.parametrize(
@@ -103,20 +130,32 @@ def test_experts_that_are_stacked_at_load(source: str, engine: str, rules: list[
         ("vllm-cpu", "compressed-tensors", {"bits": 8}, "engine-bits", {"bits": 4}),
         ("vllm-cpu", "compressed-tensors", {"group_size": 3}, "engine-group-size", {"group_size": 32}),
         ("vllm", "gptq", {"bits": 3}, "engine-bits", {"bits": 4}),
+        ("vllm", "gptq", {"bits": 2}, "engine-bits", {"bits": 4}),
         ("vllm", "gptq", {"bits": 8}, None, None),
         ("vllm", "gptq-v2", {"symmetric": False}, "engine-zero-points", {"symmetric": True}),
         ("vllm-cpu", "gptq", {"bits": 8}, "engine-bits", {"bits": 4}),
+        ("vllm-cpu", "gptq", {"bits": 3}, "engine-bits", {"bits": 4}),
+        ("vllm-cpu", "gptq", {"group_size": 16}, "engine-group-size", {"group_size": 32}),
+        ("vllm-cpu", "gptq-v2", {"symmetric": False}, "engine-zero-points", {"symmetric": True}),
+        ("transformers", "gptq", {"bits": 5}, "engine-bits", {"bits": 4}),
+        ("transformers", "gptq", {"symmetric": False}, "engine-zero-points", {"symmetric": True}),
+        ("transformers", "gptq-v2", {"bits": 2, "symmetric": False}, None, None),
+        ("transformers", "gptq-v2", {"group_size": 48}, "engine-group-size", {"group_size": 32}),
+        ("gptqmodel", "gptq", {"bits": 6}, "engine-bits", {"bits": 8}),
         ("gptqmodel", "gptq-v2", {"bits": 3, "symmetric": False}, None, None),
         ("gptqmodel", "gptq", {"group_size": 48}, "engine-group-size", {"group_size": 32}),
         ("sglang", "compressed-tensors", {"bits": 5}, "engine-bits", {"bits": 4}),
         ("sglang", "compressed-tensors", {"bits": 6}, "engine-bits", {"bits": 8}),
+        ("sglang", "gptq", {"bits": 3}, "engine-bits", {"bits": 4}),
+        ("sglang", "gptq", {"bits": 2}, "engine-bits", {"bits": 4}),
+        ("sglang", "gptq-v2", {"symmetric": False}, "engine-zero-points", {"symmetric": True}),
         ("llama.cpp", "gguf", {"bits": 3}, None, None),  # what GGUF cannot hold, the format refuses
     ],
 )
 def test_rules_of_entries_name_the_nearest_that_loads(
     engine: str, form: str, changes: dict[str, object], rule: str | None, nearest: dict[str, object] | None
 ):
-    matrix = replace(MODEL.matrices["model.layers.0.mlp.down_proj"], shape=(64, 192))
+    matrix = replace(MODEL.matrices["model.layers.0.mlp.down_proj"], shape=(64, 384))
     grid = replace(UNIFORM, **changes)
     refusal = engines()[engine].refuses(form, entry_of(grid, matrix), matrix, head=False)
     assert (None if refusal is None else refusal.rule) == rule
@@ -127,14 +166,44 @@ def test_rules_of_entries_name_the_nearest_that_loads(
         assert engines()[engine].refuses(form, entry_of(refusal.nearest, matrix), matrix, head=False) is None
 
 
-def test_heads_and_odd_widths():
-    cpu = engines()["vllm-cpu"]
+@pytest.mark.parametrize(
+    ("engine", "form", "rule"),
+    [
+        ("transformers", "compressed-tensors", None),
+        ("transformers", "gptq", "engine-head"),
+        ("transformers", "gptq-v2", "engine-head"),
+        ("gptqmodel", "gptq", "engine-head"),
+        ("gptqmodel", "gptq-v2", "engine-head"),
+        ("vllm", "compressed-tensors", None),
+        ("vllm", "gptq", None),
+        ("vllm-cpu", "compressed-tensors", "engine-head"),
+        ("vllm-cpu", "gptq", "engine-head"),
+        ("vllm-cpu", "gptq-v2", "engine-head"),
+        ("sglang", "compressed-tensors", "engine-head"),
+        ("sglang", "gptq", "engine-head"),
+    ],
+)
+def test_heads(engine: str, form: str, rule: str | None):
     head = MODEL.matrices["lm_head"]
-    refusal = cpu.refuses("compressed-tensors", entry_of(UNIFORM, head), head, head=True)
-    assert refusal is not None
-    assert refusal.rule == "engine-head"
-    odd = replace(MODEL.matrices["model.layers.0.mlp.down_proj"], shape=(40, 192))
-    refusal = cpu.refuses("compressed-tensors", entry_of(UNIFORM, odd), odd, head=False)
-    assert refusal is not None
-    assert refusal.rule == "engine-width"
-    assert "40 x 192" in str(refusal)
+    refusal = engines()[engine].refuses(form, entry_of(UNIFORM, head), head, head=True)
+    assert (None if refusal is None else refusal.rule) == rule
+
+
+@pytest.mark.parametrize(
+    ("engine", "form", "shape", "rule"),
+    [
+        ("vllm-cpu", "compressed-tensors", (40, 192), "engine-width"),
+        ("vllm-cpu", "gptq", (32, 224), None),
+        ("vllm", "compressed-tensors", (40, 192), None),  # it fills up
+        ("transformers", "compressed-tensors", (41, 192), None),
+        ("sglang", "compressed-tensors", (32, 256), "engine-width"),
+        ("sglang", "compressed-tensors", (64, 576), "engine-width"),
+        ("sglang", "gptq", (64, 576), "engine-width"),
+        ("sglang", "gptq", (64, 256), None),
+    ],
+)
+def test_odd_widths(engine: str, form: str, shape: tuple[int, int], rule: str | None):
+    odd = replace(MODEL.matrices["model.layers.0.mlp.down_proj"], shape=shape)
+    refusal = engines()[engine].refuses(form, entry_of(replace(UNIFORM, group_size=32), odd), odd, head=False)
+    assert (None if refusal is None else refusal.rule) == rule
+    assert refusal is None or f"{shape[0]} x {shape[1]}" in str(refusal)

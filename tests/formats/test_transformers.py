@@ -2,29 +2,32 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from formats.llama import fill, make_llama, write_folder
+from formats.models_for_gguf import CONFIGS, make_model, refill, write_file
 from mezzotint.core.structure import Matrix
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.dense import Dense
+from mezzotint.formats.gguf import FILE
 from mezzotint.grids.uniform import UniformGrid
 
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 
 
-def stock(folder: Path) -> LlamaForCausalLM:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+def stock(folder: Path, **options: Any) -> PreTrainedModel:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
     return model.eval()
 
 
-def assert_same(folder: Path, twin: LlamaForCausalLM) -> None:
+def assert_same(folder: Path, twin: PreTrainedModel, **options: Any) -> None:
     """The same values and logits, bit for bit: both multiply the same dense weights, on one thread."""
-    model = stock(folder)
+    model = stock(folder, **options)
     with torch.no_grad():
         logits = model(TOKENS).logits  # the first forward decompresses
     state = model.state_dict()
@@ -98,3 +101,24 @@ def test_dense(dtype: torch.dtype, tmp_path: Path):
     model = make_llama(dtype=dtype)
     weights = write_folder(model, in_blocks(grid), Dense(), tmp_path, shard_bytes=60_000)
     assert_same(tmp_path, fill(model, weights))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q5_1", "IQ4_NL"])
+def test_gguf_files(name: str, type_name: str, tmp_path: Path):
+    if type_name != "Q4_0" and name != "llama":
+        pytest.skip("every type for one architecture, every architecture for one type")
+    model = make_model(CONFIGS[name]())
+    fill(model, write_file(model, type_name, tmp_path))
+    # What it takes from the file alone lacks biases, frequencies and windows. Mistral is a Llama to GGUF, and to it.
+    config = {} if name == "mistral" else {"config": model.config}
+    assert_same(tmp_path, refill(model, tmp_path), gguf_file=FILE, dtype=torch.float32, **config)
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_gguf_files_of_k_types(type_name: str, tmp_path: Path):
+    config = CONFIGS["llama"]()
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 256, 64
+    model = make_model(config)
+    fill(model, write_file(model, type_name, tmp_path))
+    assert_same(tmp_path, refill(model, tmp_path), gguf_file=FILE, dtype=torch.float32, config=config)

@@ -26,6 +26,7 @@ from mezzotint.formats.targets import compact, known_modules, modules_of
 from mezzotint.grids.uniform import FittedUniform, UniformGrid
 
 _PACKED = "pack-quantized"
+_WORD = 32  # bits
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -123,7 +124,8 @@ class CompressedTensors:
         """The inverse of `tensors`.
 
         Raises:
-            FormatError: the tensors are of another shape than the matrix.
+            FormatError: the tensors are of another shape than the matrix, or are packed as compressed-tensors did it
+                before 0.18.
         """
         prefix = _prefix(matrix)
         stored = tuple(tensors[prefix + "weight_shape"].tolist())
@@ -132,6 +134,7 @@ class CompressedTensors:
         scale = tensors[prefix + "weight_scale"]
         grid = resolved(matrix, grid, scale.dtype)
         rows, columns = matrix.shape
+        _check_packing(prefix + "weight_packed", tensors[prefix + "weight_packed"], columns, grid.bits)
         code = kernels.unpack_bits(tensors[prefix + "weight_packed"], grid.bits, columns)
         if grid.symmetric:
             zero_point = torch.full(scale.shape, float(2 ** (grid.bits - 1)), device=scale.device)
@@ -221,6 +224,18 @@ def _weights(scheme: Scheme) -> dict[str, object]:
         "group_size": scheme.group_size,
         "dynamic": False,
     }
+
+
+def _check_packing(name: str, packed: Tensor, columns: int, bits: int) -> None:
+    """Tell the dense bit stream from whole codes in each word, which is longer where 32 is no multiple of the bits."""
+    words, dense, older = packed.shape[1], -(-columns * bits // _WORD), -(-columns // (_WORD // bits))
+    if words == dense:
+        return
+    why = "is packed as compressed-tensors did it before 0.18" if words == older else "is of another width"
+    raise FormatError(
+        f"{name} has {words} words a row, and {columns} codes of {bits} bits take {dense}: it {why}. Make the folder "
+        "again with compressed-tensors 0.18 or later."
+    )
 
 
 def _prefix(matrix: Matrix) -> str:

@@ -51,6 +51,15 @@ _GGUF = """In llama.cpp:
 ```
 llama-server -m FOLDER/model.gguf
 ```
+
+In transformers, with `gguf` and `accelerate`, as dense weights (without `config` for the architecture Mistral):
+
+```python
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="model.gguf", config=config, dtype="auto")
+```
 """
 _GPTQ = _TRANSFORMERS.replace(
     "In transformers:",
