@@ -20,32 +20,26 @@ def write_checksums(folder: Path, checksums: Mapping[str, int]) -> None:
         write_json(folder / FILE, {name: f"{value:08x}" for name, value in sorted(checksums.items())})
 
 
-def checked(folder: Path, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """A reader that compares what it reads with the folder's checksums, where there are any.
-
-    Args:
-        folder: of the files.
-        read: gives a tensor by name.
+def checking(folder: Path) -> Callable[[str, Tensor], None] | None:
+    """What compares a tensor, by name, with the folder's checksums; None where there are none.
 
     Raises:
-        FormatError: the file of checksums cannot be read; when a tensor is read, also that it is damaged.
+        FormatError: the file of checksums cannot be read; when a tensor is compared, that it is damaged.
     """
     path = folder / FILE
     if not path.is_file():
-        return read
+        return None
     try:
         known = {str(name): int(value, 16) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{FILE} cannot be read ({error}). Make or download the folder again.") from error
 
-    def compare(name: str) -> Tensor:
-        value = read(name)
+    def compare(name: str, value: Tensor) -> None:
         found = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if known.get(name, found) != found:
             raise FormatError(
                 f"{name} is damaged: it has checksum {found:08x}, not {known[name]:08x} as when it was written. Make "
                 "or download the folder again."
             )
-        return value
 
     return compare

@@ -47,11 +47,13 @@ class Checkpoint:
     Attributes:
         derived: tensors that are computed when they are read (weights that are stored packed), by name; each also has
             an entry of ``tensors`` with its dtype and shape, whose place is that of the packed codes.
+        check: raises where a tensor, by name, is not as it was written.
     """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
     derived: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    check: Callable[[str, Tensor], None] | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> "Checkpoint":
@@ -75,6 +77,8 @@ class Checkpoint:
         info = self.tensors[name]
         value = torch.empty(info.shape, dtype=info.dtype)
         _fill(value, info.path, info.offset)
+        if self.check is not None:
+            self.check(name, value)
         return value
 
     def same_bytes(self, first: str, second: str) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from mezzotint.core.files import PackedWeight
 from mezzotint.errors import ModelError
 from mezzotint.formats import gguf
-from mezzotint.formats.checksums import checked
+from mezzotint.formats.checksums import checking
 from mezzotint.formats.decoded import block_weights, packed_weights
 from mezzotint.models import Checkpoint, Source, open_model
 from mezzotint.models.checkpoint import TensorInfo
@@ -75,11 +75,15 @@ def open_packed(model: Path, *, trust_remote_code: bool = False) -> tuple[Source
     packed: dict[str, PackedWeight] = {}
 
     def decode(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
-        packed.update(packed_weights(quantization, checkpoint.tensors, checked(checkpoint.folder, checkpoint.read)))
+        packed.update(packed_weights(quantization, checkpoint.tensors, checkpoint.read))
         return decoded(checkpoint, packed)
 
     folder = local_folder(model, trust_remote_code=trust_remote_code)
-    return open_model(folder, trust_remote_code=trust_remote_code, decode=decode), packed
+
+    def read(_: object) -> Checkpoint:
+        return replace(Checkpoint.open(folder), check=checking(folder))
+
+    return open_model(folder, trust_remote_code=trust_remote_code, decode=decode, read=read), packed
 
 
 def open_original(model: Path, *, trust_remote_code: bool = False) -> Source:
