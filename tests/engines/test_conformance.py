@@ -77,7 +77,7 @@ BF16 = 2**-9  # of inputs, weights and outputs that are rounded
 EXACT = 0.0  # the same operator on the same dense weights
 INTEGERS = {"grid.symmetric": True}
 ROWS = {"grid.group_size": None}
-MAIN = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+MAIN = ("Q2_K", "Q4_K", "Q8_0")
 TRELLIS = {"grid.kind": "trellis", "grid.bits": 3.25, "transform.kind": "hadamard"}
 # what differs from block to block and inside one; q, k and v as one, gate and up too, where engines fuse them
 SIZES = {

@@ -13,7 +13,7 @@ from formats.make_gguf_golden import GOLDEN, TYPES
 from formats.models_for_gguf import CONFIGS, LLAMA3, TOKENIZER, make_model, write_file
 from mezzotint.errors import FormatError
 from mezzotint.formats import gguf_model, gguf_tokens
-from mezzotint.formats.gguf import FILE, stored_tensors
+from mezzotint.formats.gguf import FILE, export, stored_tensors
 from mezzotint.formats.gguf_file import GgufFile
 from mezzotint.grids.gguf import GgufGrid
 
@@ -85,6 +85,20 @@ def test_the_package_reads_the_file(name, tmp_path):
     assert reader.get_field("general.architecture").contents() == arch
     assert reader.get_field(f"{arch}.attention.key_length").contents() == model.config.head_dim
     assert reader.get_field("tokenizer.ggml.tokens").contents()[:3] == ["<pad>", "<s>", "</s>"]
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_chat_template_is_in_the_file(place, tmp_path):
+    model = make_model(CONFIGS["llama"]())
+    write_file(model, "Q4_0", tmp_path)  # tokenizer
+    template = "{% for message in messages %}<s>{{ message.content }}{% endfor %}"
+    text = template
+    if place.endswith(".json"):
+        text = json.dumps(json.loads((tmp_path / place).read_text()) | {"chat_template": template})
+    (tmp_path / place).write_text(text)
+    model.save_pretrained(tmp_path)
+    export(tmp_path, tmp_path / FILE, model.config.to_dict(), {}, tables=False)
+    assert gguf.GGUFReader(tmp_path / FILE).get_field("tokenizer.chat_template").contents() == template
 
 
 def test_frequencies_of_llama_3(tmp_path):
