@@ -37,13 +37,23 @@ RECIPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "embeddings": ("llama", "loaq-gptq", {"settings": {"embeddings.kind": "uniform"}, "engine": "mezzotint"}),
     "experts": ("mixtral", "qep-gptq", {"samples": 16}),
     "adapter": ("llama", "gptq", {"settings": {"compensation.kind": "lora", "compensation.rank": 2}}),
+    "submodules": ("llama", "lpcd-gptq", {**SPLIT, "settings": {"submodules.parts": ["qk", "vo", "updown"]}}),
+    "allocation": (
+        "llama",
+        "gptq",
+        {
+            "bits": 3.6,
+            "settings": {"allocation.kind": "knapsack", "allocation.windows": 2, "allocation.guard": True}
+            | {"grid.group_size": 32},
+        },
+    ),
     "head": (
         "llama",
         load_recipe("qep-gptq").with_rules([Rule(match="lm_head", keep=False)]),
         {**SPLIT, "memory": 2**30},
     ),
 }
-QUICK = ("default", "trellis", "head")
+QUICK = ("default", "trellis", "submodules", "allocation", "head")
 SLOW = tuple(name for name in RECIPES if name not in QUICK)
 
 
@@ -187,8 +197,7 @@ def _refused(_: Ranks, recipe: str, options: dict[str, Any], out: Path) -> str:
 @pytest.mark.parametrize(
     ("recipe", "options", "told"),
     [
-        ("lpcd-gptq", {}, "submodules are optimised by one process, and torchrun started 2"),
-        ("palette", {"bits": 3.0}, "bits are allocated by one process, and torchrun started 2"),
+        ("palette", {"bits": 0.1}, "--bits is 0.1; with this menu"),
         ("gptq", {"samples": 10**6}, "windows"),
     ],
 )

@@ -60,9 +60,10 @@ def noisy(value: Tensor, generator: torch.Generator, size: float = 0.3) -> Tenso
 
 
 def attention_problem(
-    seed: int = 0, *, count: int = 1, normed: bool = False, mask: bool = False, **pattern: Any
+    seed: int = 0, *, count: int = 1, normed: bool = False, mask: bool = False, looking: bool = False, **pattern: Any
 ) -> Problem:
-    """Batches with grouped heads; ``mask`` leaves the last tokens of the first window out."""
+    """Batches with grouped heads; ``mask`` leaves the last tokens of the first window out, ``looking`` goes through the
+    next norm."""
     g = torch.Generator().manual_seed(seed)
     sizes = {"q": HEADS * DIM, "k": GROUPS * DIM, "v": GROUPS * DIM}
     originals = {kind: linear(rows, WIDTH, g) for kind, rows in sizes.items()}
@@ -80,7 +81,8 @@ def attention_problem(
             original=torch.randn(WINDOWS, SEQLEN, HEADS * DIM, generator=g, dtype=torch.float64),
             original_stream=stream,
             stream=noisy(stream, g),
-            weights=weights if mask else None,
+            mask=weights if mask else None,
+            normed=looking,
         )
         batches.append(
             AttentionBatch(
@@ -96,7 +98,7 @@ def attention_problem(
     return Problem(originals, linears, batches, g)
 
 
-def mlp_problem(seed: int = 0, *, count: int = 1, gated: bool = True) -> Problem:
+def mlp_problem(seed: int = 0, *, count: int = 1, gated: bool = True, looking: bool = False) -> Problem:
     g = torch.Generator().manual_seed(seed)
     originals = {"up": linear(INNER, WIDTH, g), "down": linear(OUT, INNER, g), "gate": linear(INNER, WIDTH, g)}
     linears = {kind: disturbed(found, g) for kind, found in originals.items()}
@@ -112,7 +114,7 @@ def mlp_problem(seed: int = 0, *, count: int = 1, gated: bool = True) -> Problem
             MlpBatch(
                 inputs=inputs,
                 hidden=function,
-                outer=Outer(original=hidden, original_stream=stream, stream=noisy(stream, g)),
+                outer=Outer(original=hidden, original_stream=stream, stream=noisy(stream, g), normed=looking),
             )
         )
     return Problem(originals, linears, batches, g)
@@ -161,5 +163,8 @@ def mlp_residual(batch: MlpBatch, linears: dict[str, Linear], originals: dict[st
 
 
 def outer_residual(outer: Outer, output: Tensor, last: Linear) -> Tensor:
-    difference = outer.stream + output - outer.original_stream - last(outer.original)
-    return (difference if outer.weights is None else difference * outer.weights.unsqueeze(-1)).flatten()
+    goal = outer.original_stream + last(outer.original)
+    difference = outer.stream + output - goal
+    if outer.normed:
+        difference = difference / goal.square().mean(-1, keepdim=True).sqrt()
+    return (difference if outer.mask is None else difference * outer.mask.unsqueeze(-1)).flatten()

@@ -74,7 +74,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("k", {"visible": SLIDING, "mask": True, "count": 2}),
     ("v", {"count": 2}),
     ("v", {"visible": SLIDING, "mask": True, "count": 3}),
+    ("v", {"mask": True, "looking": True, "count": 2}),
     ("up", {"count": 2}),
+    ("up", {"looking": True, "count": 2}),
 ]
 
 

@@ -1,6 +1,9 @@
 """`run` for every request: where a recipe leaves the bits to a budget, they are allocated first."""
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ from mezzotint.pipeline.command import command_of
 from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.evaluate import compare
 from mezzotint.pipeline.plan import Planned, make_plan
-from mezzotint.pipeline.ranks import ranks_of, world_size
+from mezzotint.pipeline.ranks import Ranks, ranks_of
+from mezzotint.pipeline.recipe import Recipe
 from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.resume import STATE
 from mezzotint.pipeline.run import Listener, Progress
 from mezzotint.pipeline.source import local_folder, open_original
+
+_PATIENCE = timedelta(days=2)  # of ranks that wait for the first one's prices and measurements
 
 
 def plan(request: Request, listener: Listener | None = None) -> tuple[Planned, Allocated | None]:
@@ -56,52 +62,74 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
     if request.recipe.stages().allocation is None:
         with ranks_of(request.device) as ranks:
             return run.quantize(request, out, listener, resume=resume, ranks=ranks)
-    if world_size() > 1:
-        raise ConfigError(
-            f"bits are allocated by one process, and torchrun started {world_size()}. Run the same command without "
-            "torchrun, or choose a recipe that gives all matrices the same bits."
-        )
-    folder = OutputFolder(out, resume=resume)
+    with ranks_of(request.device, patience=_PATIENCE) as ranks:
+        return _best(request, out, listener, resume, ranks)
+
+
+def _best(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
+    """The better one of the candidates; the first rank allocates and measures, all of them quantize."""
+    folder = found = None
     try:
-        found = _allocated(request, listener)
-        assert found is not None
-        candidates = {"allocated": found.request}
-        if found.knapsack.guard and found.uniform is not None:
-            candidates["uniform"] = found.uniform
-        reports = {name: _candidate(one, folder.partial / name, listener, resume) for name, one in candidates.items()}
-        evidence = found.as_json()
-        kept = "allocated"
-        if len(candidates) > 1:
-            evidence["held_out_kl_nats"] = losses = _measured(found, folder.partial)
-            kept = min(candidates, key=lambda name: losses[name])
-        evidence["kept"] = kept
-        report = {**reports[kept], "out": str(out), "allocation": evidence}
-        report["recipe"] = {**report["recipe"], "allocation": request.recipe.allocation}
-        calibration = report["plan"]["calibration"]
-        report["command"] = command_of(request, calibration and CalibrationPlan(**calibration), folder.path.name)
-        write_json(
-            folder.partial / kept / REPORT_NAME, {name: value for name, value in report.items() if name != "out"}
-        )
-        write_card(folder.partial / kept, local_folder(request.model))
+        with ranks.first_ahead():
+            if ranks.first:
+                folder = OutputFolder(out, resume=resume)
+                found = _allocated(request, listener)
+        candidates = _candidates(request, found, ranks)
+        inside = out.absolute().with_name(out.name + ".partial")
+        reports = {name: _made(one, inside / name, listener, resume, ranks) for name, one in candidates.items()}
+        with ranks.first_ahead():
+            report = {} if found is None else _decided(request, found, reports, inside)
     except BaseException:
-        if not folder.resumed and next(folder.partial.rglob(STATE), None) is None:
+        if folder is not None and not folder.resumed and next(folder.partial.rglob(STATE), None) is None:
             shutil.rmtree(folder.partial, ignore_errors=True)
         raise
-    try:
-        folder.finish(kept)
-    except OSError as error:  # the result is complete, and stays where the message says
-        raise WriteError(str(error)) from error
+    if folder is not None:
+        try:
+            folder.finish(report["allocation"]["kept"])
+        except OSError as error:  # the result is complete, and stays where the message says
+            raise WriteError(str(error)) from error
+    return ranks.told({**report, "out": str(out)})
+
+
+def _candidates(request: Request, found: Allocated | None, ranks: Ranks) -> dict[str, Request]:
+    """What is made, by name; only the first rank has found it."""
+    candidates: dict[str, Request] = {}
+    if found is not None:
+        candidates["allocated"] = found.request
+        if found.knapsack.guard and found.uniform is not None:
+            candidates["uniform"] = found.uniform
+    told = ranks.told({name: [one.engine, one.recipe.model_dump(mode="json")] for name, one in candidates.items()})
+    return candidates or {
+        name: replace(request, engine=engine, recipe=Recipe(**recipe)) for name, (engine, recipe) in told.items()
+    }
+
+
+def _decided(request: Request, found: Allocated, reports: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The report of the candidate that stays, with what was decided on; written in its place."""
+    evidence = found.as_json()
+    kept = "allocated"
+    if len(reports) > 1:
+        evidence["held_out_kl_nats"] = losses = _measured(found, folder)
+        kept = min(reports, key=lambda name: losses[name])
+    evidence["kept"] = kept
+    report = {name: value for name, value in reports[kept].items() if name != "out"} | {"allocation": evidence}
+    report["recipe"] = {**report["recipe"], "allocation": request.recipe.allocation}
+    calibration = report["plan"]["calibration"]
+    name = folder.name.removesuffix(".partial")
+    report["command"] = command_of(request, calibration and CalibrationPlan(**calibration), name)
+    write_json(folder / kept / REPORT_NAME, report)
+    write_card(folder / kept, local_folder(request.model))
     return report
 
 
-def _candidate(request: Request, out: Path, listener: Listener | None, resume: bool) -> dict[str, Any]:
-    """One of the folders to choose from, or what an earlier process made of the same plan."""
-    if resume and (out / REPORT_NAME).is_file():
+def _made(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
+    """The report of one of the folders to choose from, or what an earlier run made of the same plan."""
+    if ranks.told(resume and (out / REPORT_NAME).is_file()):
         report = read_report(out)
         if report["plan"]["fingerprint"] != run.plan(request).plan.fingerprint:
             raise ConfigError(f"{out} was made for another request. Remove {out.parent}, or choose another --out.")
         return {"out": str(out), **report}
-    return run.quantize(request, out, listener, resume=resume)
+    return run.quantize(request, out, listener, resume=resume, ranks=ranks)
 
 
 def _allocated(request: Request, listener: Listener | None) -> Allocated | None:

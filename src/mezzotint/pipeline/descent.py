@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mezzotint.core.contracts import Block
+from mezzotint.core.files import Entry
 from mezzotint.core.statistics import Statistics
 from mezzotint.models import Source
 from mezzotint.models.inner import Attended, attended, last_input
@@ -55,6 +56,7 @@ class Descent:
         block: the block.
         parts: that are optimised in it.
         settings: of the descent.
+        entries: what is done to each matrix.
         solver: quantizes a matrix again.
         streams: give batches, and hold what is kept of them.
         measure: gives statistics of a group's inputs as they are now.
@@ -68,6 +70,7 @@ class Descent:
         parts: Sequence[Part],
         settings: Lpcd,
         *,
+        entries: Mapping[str, Entry],
         solver: Solver,
         streams: Streams,
         measure: Callable[[int], Measured],
@@ -81,6 +84,9 @@ class Descent:
         self._lasts = {self._places[_LAST[part]].group for part in parts if part != "qk"}
         around = {self._places[_FIRST[part]].around for part in parts}
         self._observed = tuple(sorted(around - {block.path}))
+        # the losses look through the next norm where the target of the closing linear does
+        closing = {part: entries[self._places[_LAST[part]].matrix.name].target for part in parts}
+        self._normed = {part: target.norm_scale != "none" for part, target in closing.items()}
         self._solved: dict[str, Solved] = {}
         # keys of the tensors that are held: of a batch, by number of the group and what they are
         self._held: list[dict[tuple[int, str], int]] = [{} for _ in streams.batches]
@@ -142,7 +148,8 @@ class Descent:
             held_out=self._batches(part, runs, held_out=True),
         )
         with self._streams.products():
-            energy = sum(task.submodule.energy(batch) for batch in task.held_out())
+            own = sum((task.submodule.energy(batch) for batch in task.held_out()), 0.0)
+            (energy,) = self._streams.ranks.total(own)
         if energy == 0:  # nothing comes out of it: nothing can be better
             return
         before = best = self._loss(task, self._linears())
@@ -188,14 +195,20 @@ class Descent:
         # what is solved from sums keeps full precision, as everywhere
         with nullcontext() if closed else self._streams.products():
             relaxed = task.submodule.relax(
-                member, self._linears(), task.fit, before.known.used, start=start, search=self._settings.search
+                member,
+                self._linears(),
+                task.fit,
+                before.known.used,
+                start=start,
+                search=self._settings.search(self._streams.ranks),
             )
         return original + self._settings.strength * (relaxed - original)
 
     def _loss(self, task: _Task, linears: Linears) -> float:
         """Of the submodule on the held-out windows."""
         with self._streams.products():
-            return sum(task.submodule.loss(linears, batch) for batch in task.held_out())
+            own = sum((task.submodule.loss(linears, batch) for batch in task.held_out()), 0.0)
+            return self._streams.ranks.total(own)[0]
 
     @staticmethod
     def _helps(loss: float, best: float) -> bool:
@@ -227,13 +240,14 @@ class Descent:
         """How many windows of each batch a part uses; it is fitted and judged on about as many."""
         width, per_column = self._places[_FIRST[part]].matrix.shape[1], self._settings.tokens
         limit = math.inf if per_column is None else max(per_column * width, LEAST_TOKENS[part])
-        left, found = {False: limit, True: limit}, dict[int, int]()
+        found = dict[int, int]()
         for index, batch in enumerate(self._streams.batches):
             windows, seqlen = batch.tokens.shape
-            windows = int(min(windows, -(-left[batch.held_out] // seqlen)))
-            left[batch.held_out] -= windows * seqlen
-            if windows > 0:
-                found[index] = windows
+            # the first ones of all ranks, whichever has them
+            before = batch.first - (self._streams.fitted if batch.held_out else 0)
+            left = limit - before * seqlen
+            if left > 0:
+                found[index] = windows if left >= windows * seqlen else math.ceil(left / seqlen)
         return found
 
     def _hold(self, batch: int, group: int, **parts: Tensor | None) -> None:
@@ -265,14 +279,14 @@ class Descent:
         mask = self._streams.batches[batch].mask
         return None if mask is None else mask[: len(like)].to(like)
 
-    def _outer(self, batch: int, part: Part, weights: Tensor | None) -> Outer:
+    def _outer(self, batch: int, part: Part, mask: Tensor | None) -> Outer:
         last = self._places[_LAST[part]]
         original = self._streams.original_inputs(batch, last.group, last=False)[None]
         stream, values = self._get(batch, last.group, "stream", part), self._cut(batch, original.values, part)
         if stream is None or original.stream is None:
-            return Outer(original=values, weights=weights)
+            return Outer(original=values, mask=mask)
         before = self._cut(batch, original.stream, part)
-        return Outer(original=values, original_stream=before, stream=stream, weights=weights)
+        return Outer(original=values, original_stream=before, stream=stream, mask=mask, normed=self._normed[part])
 
     def _attention(self, batch: int, run: BlockRun, part: Part) -> AttentionBatch:
         group = self._places["q"].group

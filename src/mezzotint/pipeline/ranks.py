@@ -143,7 +143,7 @@ class Ranks:
         except RuntimeError as error:  # of torch, for whatever goes wrong between processes
             raise RankError(
                 f"rank {self.number} of {self.size} got no answer from the others ({str(error).splitlines()[0]}). One "
-                f"of them has failed (then its message says why), was killed, or took longer than {TIMEOUT}. "
+                f"of them has failed (then its message says why), was killed, or took too long. "
                 "Run the same command with --resume; the number of ranks may be another one."
             ) from error
 
@@ -187,11 +187,12 @@ def world_size() -> int:
 
 
 @contextmanager
-def ranks_of(device: str) -> Iterator[Ranks]:
+def ranks_of(device: str, patience: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """The processes that ``torchrun`` has started, connected: by gloo, and by nccl where they work on GPUs.
 
     Args:
         device: ``cpu`` or ``cuda``; with that, each process of a host gets a GPU of its own.
+        patience: how long they wait for each other.
 
     Raises:
         ConfigError: a host has fewer GPUs than processes.
@@ -213,7 +214,7 @@ def ranks_of(device: str) -> Iterator[Ranks]:
     if not given:
         with ranks.exchanging():
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=TIMEOUT)
+            distributed.init_process_group(backend, timeout=patience)
     yield ranks
     if not given:
         distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mezzotint.calibration import Windows
-from mezzotint.errors import ConfigError, MezzotintError, RunError, WriteError
+from mezzotint.errors import MezzotintError, RunError, WriteError
 from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import FOLDER, Adapter
@@ -20,7 +20,6 @@ from mezzotint.pipeline.card import write_card
 from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.memory import return_freed_memory
 from mezzotint.pipeline.output import Elsewhere, Output
-from mezzotint.pipeline.parts import settings_of
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.ranks import ALONE, Ranks
 from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report, peak_rss_bytes, read_report, rss_bytes
@@ -85,7 +84,6 @@ def quantize(
     with ranks.first_ahead():
         source = open_original(request.model, trust_remote_code=request.trust_remote_code)
         planned = make_plan(source, replace(request, ranks=ranks.size))
-        _check_shared(planned, ranks)
         partial = out.absolute().with_name(out.name + ".partial")
         folder, identity = None, None
         if ranks.first:
@@ -113,19 +111,6 @@ def quantize(
             raise WriteError(str(error)) from error
         shutil.rmtree(folder.path / WORK)
     return ranks.told({"out": str(out), **report})
-
-
-def _check_shared(planned: Planned, ranks: Ranks) -> None:
-    """Refuse what one process alone can do so far.
-
-    Raises:
-        ConfigError: says what, and how it can be done.
-    """
-    if ranks.size > 1 and settings_of(planned.plan.entries) is not None:
-        raise ConfigError(
-            f"submodules are optimised by one process, and torchrun started {ranks.size}. Run the same command without "
-            "torchrun, or with --set submodules.kind=none."
-        )
 
 
 class _Clock:

@@ -76,7 +76,8 @@ class Solved:
 
     Attributes:
         weight: the original, ``[out, in]``; a view of the block's parameter until that is overwritten.
-        aim: in the original basis; of the rows that this process worked on.
+        aim: in the original basis; of the rows that this process worked on, of all of them where submodules are
+            optimised.
         value: what the codes stand for.
     """
 
@@ -216,8 +217,9 @@ class Solver:
         entry, judge, held_out = self._entries[matrix.name], None, known.held_out
         share = self._share(entry, matrix)
         if turned is None:
-            # what is decided by all rows is aimed at by all ranks, and only then divided
-            rows = WHOLE.rows if entry.target.decides or not entry.grid.rowwise else share.rows
+            # what is decided by all rows, or relaxed later, is aimed at by all ranks, and only then divided
+            whole = entry.target.decides or not entry.grid.rowwise or entry.submodules is not None
+            rows = WHOLE.rows if whole else share.rows
             used = _of_rows(known.used, rows)
             turned = _Turned(self._aim(matrix, weight[rows], used, _of_rows(held_out, rows)), None, used, rows)
         if last:

@@ -113,6 +113,7 @@ class Streams:
 
     Attributes:
         batches: of this rank.
+        fitted: number of windows that statistics are fitted on, of all ranks; those that are held out follow.
         ranks: that have the others.
         storage: makes room for wide squares of sums; None is in memory.
     """
@@ -138,6 +139,7 @@ class Streams:
         self.ranks = ranks
         self.storage = partial(Scratch, folder, "sums") if panels else None
         self._precision = precision
+        self.fitted = len(fit)
         whole = [*batches_of(fit, False), *batches_of(held_out, True, len(fit))]
         own = dealt([len(batch.tokens) for batch in whole], ranks.size)[ranks.number]
         self.batches = [whole[index] for index in own]

@@ -211,6 +211,7 @@ class Sweep:
             block,
             parts,
             settings,
+            entries=self._entries,
             solver=self._solver,
             streams=streams,
             measure=lambda group: self._measured(block.groups[group], group, runs, streams, descent),

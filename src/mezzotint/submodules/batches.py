@@ -44,6 +44,30 @@ class Memo:
         return self._known[1]
 
 
+class Goal(NamedTuple):
+    """What the stream should be after a submodule.
+
+    Attributes:
+        values: of the full-precision stream, times the scale.
+        scale: of each token in differences: zero for padding; None is one each.
+    """
+
+    values: Float[Tensor, "windows seqlen out"]
+    scale: Float[Tensor, "windows seqlen 1"] | None
+
+    def at(self, windows: slice, rows: slice) -> "Goal":
+        """Some of the tokens."""
+        return Goal(self.values[windows, rows], None if self.scale is None else self.scale[windows, rows])
+
+    def scaled(self, values: Float[Tensor, "windows seqlen any"]) -> Tensor:
+        """Values times the tokens' scales."""
+        return values if self.scale is None else values * self.scale
+
+    def squared(self, values: Float[Tensor, "windows seqlen any"]) -> Tensor:
+        """Values times the squares of the scales: what a difference weighs in a sum of squares."""
+        return values if self.scale is None else values * self.scale.square()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outer:
     """What the last linear of a submodule, whose output the stream takes up, sees of one batch.
@@ -51,50 +75,42 @@ class Outer:
     Attributes:
         original: its inputs in the full-precision stream.
         original_stream, stream: what its output is added to in the two streams; None where it is not added unchanged.
-        weights: of each token in losses, zero for padding; None is one each.
+        mask: zero for padding, one elsewhere; None is one everywhere.
+        normed: differences of a token count over the root mean square of the full-precision stream after the
+            submodule, which is what the next RMSNorm makes of them (LoaQ, MATH.md section 8).
     """
 
     original: Float[Tensor, "windows seqlen in"]
     original_stream: Float[Tensor, "windows seqlen out"] | None = None
     stream: Float[Tensor, "windows seqlen out"] | None = None
-    weights: Float[Tensor, "windows seqlen"] | None = None
-    _reached: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
+    mask: Float[Tensor, "windows seqlen"] | None = None
+    normed: bool = False
+    _goal: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @property
     def tokens(self) -> float:
         """How many tokens count."""
-        return float(self.original[..., 0].numel()) if self.weights is None else float(self.weights.sum())
+        return float(self.original[..., 0].numel()) if self.mask is None else float(self.mask.sum())
 
-    def at(self, windows: slice, rows: slice) -> "Outer":
-        """Some of the tokens."""
+    def goal(self, last: Linear) -> Goal:
+        """What the full-precision stream is after the submodule, with the original of the last linear."""
 
-        def cut(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[windows, rows]
+        def make() -> Goal:
+            values = last(self.original)
+            values = values if self.original_stream is None else values.add_(self.original_stream)
+            scale = None if self.mask is None else self.mask.unsqueeze(-1)
+            if self.normed and self.stream is not None:
+                tiny = torch.finfo(values.dtype).tiny
+                own = values.square().mean(-1, keepdim=True).clamp_min(tiny).rsqrt()
+                scale = own if scale is None else own * scale
+            return Goal(values if scale is None else values * scale, scale)
 
-        return Outer(
-            original=self.original[windows, rows],
-            original_stream=cut(self.original_stream),
-            stream=cut(self.stream),
-            weights=cut(self.weights),
-        )
+        return self._goal.get((last.weight,), make)
 
-    def target(self, last: Linear) -> Float[Tensor, "windows seqlen out"]:
-        """What the full-precision stream is after the submodule."""
-
-        def make() -> Tensor:
-            output = last(self.original)
-            return output if self.original_stream is None else self.original_stream + output
-
-        return self._reached.get((last.weight,), make)
-
-    def off(self, output: Float[Tensor, "windows seqlen out"], target: Tensor) -> Tensor:
-        """How far the quantized stream with this output is from the target; zero for padding."""
-        difference = (output if self.stream is None else self.stream + output) - target
-        return self.weighted(difference)
-
-    def weighted(self, values: Float[Tensor, "windows seqlen any"]) -> Tensor:
-        """Values times the tokens' weights, zero or one each."""
-        return values if self.weights is None else values * self.weights.unsqueeze(-1)
+    def off(self, output: Float[Tensor, "windows seqlen out"], goal: Goal, *at: slice) -> Tensor:
+        """How far the quantized stream with this output is from the goal, scaled; of some windows and rows."""
+        stream = output if self.stream is None else self.stream[at] + output
+        return goal.scaled(stream) - goal.values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mezzotint.errors import ConfigError
-from mezzotint.submodules.relax import Search
+from mezzotint.submodules.relax import Search, Sums
 from mezzotint.submodules.scores import Metric
 
 Part = Literal["qk", "vo", "updown"]
@@ -56,7 +56,6 @@ class Lpcd:
             if not least <= value <= most:
                 raise ConfigError(f"submodules.{name} is {value}; it must be from {least} to {most}.")
 
-    @property
-    def search(self) -> Search:
-        """Of the relaxed problems."""
-        return Search(damping=self.damping, iterations=self.iterations)
+    def search(self, sums: Sums) -> Search:
+        """Of the relaxed problems, whose batches the processes behind ``sums`` share."""
+        return Search(damping=self.damping, iterations=self.iterations, sums=sums)

@@ -8,7 +8,7 @@ elsewhere each step is one of Gauss-Newton.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,33 @@ class Slope:
 Batches = Callable[[Float[Tensor, "rows in"]], Iterable[Slope]]  # at a weight; one batch lives at a time
 
 
+@runtime_checkable
+class Sums(Protocol):
+    """Adds up what several processes have, each of its own batches."""
+
+    def add_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums, the same bytes everywhere."""
+        ...
+
+    def total(self, *values: float) -> tuple[float, ...]:
+        """Sums of numbers, the same everywhere."""
+        ...
+
+
+class Own:
+    """One process has all batches."""
+
+    def add_(self, tensors: Iterable[Tensor]) -> None:
+        """They are sums already."""
+
+    def total(self, *values: float) -> tuple[float, ...]:
+        """The same."""
+        return values
+
+
+OWN = Own()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
     """How a relaxed problem is solved.
@@ -50,11 +77,13 @@ class Search:
         damping: ridge towards the original weight, as a fraction of the mean diagonal of the inputs' gram.
         iterations: of conjugate gradients.
         steps: of Gauss-Newton, where the submodule is not linear in the member.
+        sums: over the processes that share the batches.
     """
 
     damping: float
     iterations: int
     steps: int = 2
+    sums: Sums = OWN
 
 
 def relax(
@@ -83,11 +112,11 @@ def relax(
     """
     weight = start
     for _ in range(search.steps):
-        problem = _Problem(batches, weight, original, fit, search.damping)
+        problem = _Problem(batches, weight, original, fit, search)
         change = problem.solve(search.iterations)
         if problem.linear:
             return weight + change
-        better = _shortened(batches, problem, weight, change)
+        better = _shortened(batches, problem, weight, change, search.sums)
         if better is None:
             return weight
         weight = better
@@ -97,18 +126,17 @@ def relax(
 class _Problem:
     """The quadratic around one weight."""
 
-    def __init__(self, batches: Batches, weight: Tensor, original: Tensor, fit: Statistics, damping: float) -> None:
+    def __init__(self, batches: Batches, weight: Tensor, original: Tensor, fit: Statistics, search: Search) -> None:
         self._batches, self._weight, self._original = batches, weight, original
-        self._fit, self._damping = fit, damping
-        self.loss, self.linear = 0.0, True
+        self._fit, self._damping, self._sums = fit, search.damping, search.sums
         self._only: Slope | None = None
         gradient = torch.zeros_like(weight)
         scale = torch.zeros_like(weight[:, 0])
-        tokens, count = 0.0, 0
+        squares, tokens, bent, count = 0.0, 0.0, 0.0, 0
         generator = torch.Generator(device=weight.device).manual_seed(0)
         for slope in batches(weight):
             loss, outputs = slope.residual()
-            self.loss += loss
+            squares += loss
             gradient.addmm_(outputs.t(), slope.inputs)
             # Hutchinson: signs at random see the diagonal of the curvature, and of the identity they see one exactly
             signs = torch.randint(0, 2, outputs.shape, generator=generator, device=weight.device)
@@ -116,12 +144,15 @@ class _Problem:
             scale += (signs * slope.curvature(signs)).sum(0)
             tokens, count = tokens + slope.tokens, count + 1
             self._only = slope if count == 1 else None
-            self.linear &= slope.linear
+            bent += not slope.linear
+        self._sums.add_((gradient, scale))
+        self.loss, tokens, bent = self._sums.total(squares, tokens, bent)
+        self.linear = not bent
         scale /= max(tokens, 1.0)
         self._scale = scale.clamp_min(_LEAST_SCALE * float(scale.clamp_min(0).mean()) or 1.0).unsqueeze(1)
         # the statistics may have seen other tokens
         self._share = tokens / fit.tokens
-        used = fit.ridge(damping).damping
+        used = fit.ridge(self._damping).damping
         self._ridge = self._share * used * float(fit.gram.diagonal().mean())
         self._gradient = gradient + self._pull(weight - original)
 
@@ -134,10 +165,11 @@ class _Problem:
         return self._scale * (self._ridge * difference)
 
     def _product(self, direction: Tensor) -> Tensor:
-        result = self._pull(direction)
+        result = torch.zeros_like(direction)
         for slope in self._batches(self._weight) if self._only is None else (self._only,):
             result.addmm_(slope.curvature(slope.inputs @ direction.t()).t(), slope.inputs)
-        return result
+        self._sums.add_((result,))
+        return result.add_(self._pull(direction))
 
     def _preconditioned(self, residual: Tensor) -> Tensor:
         return self._fit.solve(residual / self._scale, self._damping) / self._share
@@ -170,12 +202,13 @@ class _Problem:
         return change
 
 
-def _shortened(batches: Batches, problem: _Problem, weight: Tensor, change: Tensor) -> Tensor | None:
+def _shortened(batches: Batches, problem: _Problem, weight: Tensor, change: Tensor, sums: Sums) -> Tensor | None:
     """The weight after the longest of a few fractions of the change that lowers the objective, or None."""
     before = problem.loss + problem.penalty(weight)
     for halving in range(_HALVINGS):
         candidate = weight + change / 2**halving
-        if sum(slope.residual()[0] for slope in batches(candidate)) + problem.penalty(candidate) < before:
+        (loss,) = sums.total(sum((slope.residual()[0] for slope in batches(candidate)), 0.0))
+        if loss + problem.penalty(candidate) < before:
             return candidate
     return None
 

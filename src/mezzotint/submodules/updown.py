@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.statistics import Statistics
-from mezzotint.submodules.batches import Linears, MlpBatch, product_back, slopes
+from mezzotint.submodules.batches import Goal, Linears, MlpBatch, product_back, slopes
 from mezzotint.submodules.relax import Search, Slope, derivative, relax
 from mezzotint.submodules.vo import least_squares
 
@@ -29,7 +29,7 @@ class UpDown:
 
     def energy(self, batch: MlpBatch) -> float:
         """Sum of squares of the full-precision output."""
-        return float(batch.outer.weighted(batch.outer.target(self.originals["down"])).square().sum())
+        return float(self._goal(batch).values.square().sum())
 
     def loss(self, linears: Linears, batch: MlpBatch) -> float:
         """Sum of squares of what the stream misses after the MLP."""
@@ -55,15 +55,15 @@ class UpDown:
         assert member == "up"
         outputs = linears["up"](batch.inputs)
         hidden, push, pull, linear = derivative(batch.hidden, outputs)
-        down = linears["down"].weight
+        down, goal = linears["down"].weight, self._goal(batch)
 
         def residual() -> tuple[float, Tensor]:
             off = self._off(linears, batch, hidden)
-            return float(off.square().sum()), pull(off @ down).flatten(0, 1)
+            return float(off.square().sum()), pull(goal.scaled(off) @ down).flatten(0, 1)
 
         def curvature(change: Tensor) -> Tensor:
             found = product_back(push(change.view_as(outputs)), down)
-            return pull(batch.outer.weighted(found)).flatten(0, 1)
+            return pull(goal.squared(found)).flatten(0, 1)
 
         return Slope(
             inputs=batch.inputs.flatten(0, 1),
@@ -74,4 +74,7 @@ class UpDown:
         )
 
     def _off(self, linears: Linears, batch: MlpBatch, hidden: Tensor) -> Tensor:
-        return batch.outer.off(linears["down"](hidden), batch.outer.target(self.originals["down"]))
+        return batch.outer.off(linears["down"](hidden), self._goal(batch))
+
+    def _goal(self, batch: MlpBatch) -> Goal:
+        return batch.outer.goal(self.originals["down"])

@@ -32,7 +32,7 @@ class ValueOutput:
     def energy(self, batch: AttentionBatch) -> float:
         """Sum of squares of the full-precision output."""
         assert batch.outer is not None
-        return float(batch.outer.weighted(batch.outer.target(self.originals["o"])).square().sum())
+        return float(batch.outer.goal(self.originals["o"]).values.square().sum())
 
     def loss(self, linears: Linears, batch: AttentionBatch) -> float:
         """Sum of squares of what the stream misses after attention."""
@@ -58,6 +58,7 @@ class ValueOutput:
         assert member == "v"
         outer, output = batch.outer, linears["o"].weight
         assert outer is not None
+        goal = outer.goal(self.originals["o"])
         outputs = linears["v"](batch.inputs)
         value, push, pull, linear = derivative(batch.value, outputs)
         mixer = _mixer(linears, batch)
@@ -73,9 +74,7 @@ class ValueOutput:
             result = torch.zeros_like(changed)
             for piece, taken in mixer.probabilities():
                 found = product_back(mixer.mixed(piece, taken, changed), output)
-                if outer.weights is not None:
-                    found *= outer.weights[piece.windows, piece.rows, None]
-                mixer.pull_(result, piece, taken, found)
+                mixer.pull_(result, piece, taken, goal.at(piece.windows, piece.rows).squared(found))
             return pull(result).flatten(0, 1)
 
         return Slope(
@@ -87,16 +86,17 @@ class ValueOutput:
         self, linears: Linears, batch: AttentionBatch, value: Tensor, *, back: Tensor | None
     ) -> tuple[float, Tensor | None]:
         """The loss and, added to ``back``, the gradient of half of it in the values."""
-        assert batch.outer is not None
-        target = batch.outer.target(self.originals["o"])
+        outer = batch.outer
+        assert outer is not None
+        whole = outer.goal(self.originals["o"])
         mixer, loss = _mixer(linears, batch), 0.0
         for piece, taken in mixer.probabilities():
-            off = batch.outer.at(piece.windows, piece.rows).off(
-                linears["o"](mixer.mixed(piece, taken, value)), target[piece.windows, piece.rows]
-            )
+            at = piece.windows, piece.rows
+            goal = whole.at(*at)
+            off = outer.off(linears["o"](mixer.mixed(piece, taken, value)), goal, *at)
             loss += float(off.square().sum())
             if back is not None:
-                mixer.pull_(back, piece, taken, off @ linears["o"].weight)
+                mixer.pull_(back, piece, taken, goal.scaled(off) @ linears["o"].weight)
         return loss, back
 
 
