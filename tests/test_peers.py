@@ -124,6 +124,15 @@ def test_peers_get_the_windows_that_mezzotint_calibrates_on(tmp_path: Path) -> N
     assert decoded.strip()[:40] in text
 
 
+def test_a_row_that_another_run_appended_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "peers.json"
+    assert peers.rows_of(file) == []
+    peers.append(file, {"model": "ours"})
+    file.write_text(json.dumps([*peers.rows_of(file), {"model": "theirs"}]))
+    assert [row["model"] for row in peers.append(file, {"model": "last"})] == ["ours", "theirs", "last"]
+    assert peers.rows_of(file)[1:] == [{"model": "theirs"}, {"model": "last"}]
+
+
 def test_rows_are_told_apart_and_none_is_without_a_note() -> None:
     config = tomllib.loads((Path(peers.__file__).parent / "peers.toml").read_text(encoding="utf-8"))
     rows = [json.dumps(row) for row in peers.expanded(config)]

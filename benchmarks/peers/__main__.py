@@ -156,6 +156,18 @@ def hand_over(model: Path, protocol: dict[str, Any], folder: Path) -> dict[str, 
     return {"tokens": str(folder / "windows.npy"), "weights": planned.weights}
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results, none where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def append(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows with one more, read again first: another run may have appended to the file meanwhile."""
+    results = [*rows_of(path), result]
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
 def main() -> None:
     """Run the rows that are not there yet."""
     config = tomllib.loads((HERE / "peers.toml").read_text(encoding="utf-8"))
@@ -173,7 +185,7 @@ def main() -> None:
     suites = tomllib.loads((BENCHMARKS / "suites.toml").read_text(encoding="utf-8"))
     described = suites["protocols"][config["protocol"]]
     protocol = filled(described, {"data": str(options.data)})
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    results = rows_of(RESULTS)
     with tempfile.TemporaryDirectory() as folder:
         handed = hand_over(options.model, protocol, Path(folder))
         options.cache = options.cache or Path(folder) / "states"
@@ -185,8 +197,7 @@ def main() -> None:
             if any(result["settings"] == settings and result["model"] == model for result in results):
                 continue
             found = measured(options, config, protocol, row, handed)
-            results.append({"model": model, "settings": settings, **found, "machine": machine()})
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            results = append(RESULTS, {"model": model, "settings": settings, **found, "machine": machine()})
             print(json.dumps({**row, **{key: found.get(key) for key in ("message", "quantize", "evaluate")}})[:900])
             sys.stdout.flush()
 
