@@ -63,6 +63,17 @@ def test_what_is_read_is_what_was_rounded(made: tuple[Path, dict]) -> None:
         torch.testing.assert_close(float(error), linear["weight_error"], rtol=1e-4, atol=0)
 
 
+def test_submodules_are_optimised_on_block_types(tmp_path: Path) -> None:
+    every = {"submodules.parts": ["qk", "vo", "updown"]}
+    report = quantized(TINY_LLAMA, tmp_path / "out", "lpcd-gptq", engine="llama.cpp", settings=every)
+    tensors = GgufFile.open(tmp_path / "out" / "model.gguf").tensors
+    assert {tensors[f"blk.2.{name}.weight"].type for name in ("attn_q", "attn_v", "ffn_up", "ffn_down")} == {"Q4_K"}
+    losses = [loss for block in report["blocks"] for loss in block["submodules"].values()]
+    assert len(losses) == 9  # three submodules of each block
+    assert all(loss["after"] <= loss["before"] for loss in losses)
+    assert any(loss["after"] < loss["before"] for loss in losses)
+
+
 def test_block_types_choose_the_format() -> None:
     assert plan_of(TINY_LLAMA, settings=GGUF).plan.format == "gguf"
 
