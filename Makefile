@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.mezzotint-stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := CMakeLists.txt $(wildcard src/mezzotint/kernels/cpp/*)
-# 9 minutes, then 30 s to die; `timeout` belongs to coreutils, so a machine without it runs unlimited.
-LIMIT := $(shell command -v timeout >/dev/null && echo timeout --kill-after=30 540)
+# 25 minutes, three to five times what is usual, then 30 s to die; `timeout` belongs to coreutils, so a machine without it runs unlimited.
+LIMIT := $(shell command -v timeout >/dev/null && echo timeout --kill-after=30 1500)
 JOBS ?= 2
 # The plugin imports vLLM, which is not among what the tests install; the engine tests cover it.
 DOCTESTS := --doctest-modules src/mezzotint --ignore src/mezzotint/engines/vllm.py

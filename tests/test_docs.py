@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from mezzotint.cli.app import app
+from mezzotint.pipeline.recipe import load_recipe
 from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA, quantized
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +62,9 @@ def test_every_command_can_be_parsed(page: Path) -> None:
     for _, block in FENCE.findall(page.read_text(encoding="utf-8")):
         for name, *words in commands(block):
             group.commands[name].make_context(name, words)  # raises UsageError for what does not exist
+            for option, value in pairwise(words):
+                if option == "--recipe" and not value.endswith(".yaml"):
+                    load_recipe(value)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)

@@ -21,8 +21,7 @@ class Lpcd:
     """Settings of LPCD (arXiv 2512.01546): relax each member of a submodule, project it, keep it if that helps.
 
     Attributes:
-        parts: submodules that are optimised: ``qk``, ``vo``, ``updown``; only the last helped wherever it was measured
-            (docs/submodules.md).
+        parts: submodules that are optimised: ``qk``, ``vo``, ``updown``; what each gains is in docs/submodules.md.
         strength: of each member's change, from 0 (the original weight is aimed at) to 1 (the relaxed one).
         damping: ridge towards the original weight, as a fraction of the mean diagonal of the gram.
         iterations: of conjugate gradients for each member without a closed form.
@@ -33,7 +32,7 @@ class Lpcd:
     """
 
     kind: ClassVar[str] = "lpcd"
-    parts: tuple[Part, ...] = ("updown",)
+    parts: tuple[Part, ...] = PARTS
     strength: float = 0.75
     damping: float = 0.3
     iterations: int = 3
