@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from benchmarks.make_random_llama import make_random_llama
 
 from mezzotint.core import panels
-from mezzotint.pipeline.memory import Phases
-from pipeline.runs import TEXT, TINY_LLAMA, least_memory, plan_of, quantized
+from mezzotint.errors import ConfigError
+from mezzotint.pipeline import costs
+from mezzotint.pipeline.memory import BASE_BYTES, Phases
+from mezzotint.pipeline.plan import make_plan
+from pipeline.runs import TEXT, TINY_LLAMA, least_memory, opened, plan_of, quantized, request_of
 
 
 def test_a_phase_takes_what_is_in_memory() -> None:
@@ -26,12 +30,30 @@ def test_more_memory_is_used_up_to_what_there_is(recipe: str) -> None:
     options: dict[str, Any] = {"samples": 256, "seqlen": 128}
     least = least_memory(TINY_LLAMA, recipe, **options)
     promised = [plan_of(TINY_LLAMA, recipe, memory=least + more, **options).costs for more in (0, 10**6, 10**7, 10**9)]
-    peaks = [costs.peak_memory_bytes for costs in promised]
+    peaks = [one.peak_memory_bytes for one in promised]
     assert peaks == sorted(peaks)
-    assert all(
-        costs.peak_memory_bytes <= least + more for costs, more in zip(promised, (0, 10**6, 10**7, 10**9), strict=True)
-    )
-    assert all(costs.least_memory_bytes == least for costs in promised)
+    assert all(peak <= least + more for peak, more in zip(peaks, (0, 10**6, 10**7, 10**9), strict=True))
+    assert all(one.least_memory_bytes == least for one in promised)
+
+
+def test_what_is_free_on_a_gpu_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(TINY_LLAMA, "qep-gptq", samples=256, seqlen=128)
+
+    def with_free(nbytes: int, memory: int | None = None) -> costs.Costs:
+        monkeypatch.setattr(costs, "free_device_bytes", lambda device: nbytes if device == "cuda" else None)
+        return make_plan(opened(TINY_LLAMA), replace(request, device="cuda", memory=memory)).costs
+
+    plenty = with_free(2**40)
+    assert make_plan(opened(TINY_LLAMA), request).costs.stream_bytes is None
+    least = plenty.least_memory_bytes
+    for more in (2**20, 2**23):
+        # nine tenths of what is free may be used, and what Python takes lies elsewhere
+        found = with_free(int((least + more - BASE_BYTES) / 0.9))
+        assert found.stream_bytes is not None
+        assert found.peak_memory_bytes <= least + more
+    assert with_free(2**40, memory=least + 5).peak_memory_bytes <= least + 5  # the smaller limit counts
+    with pytest.raises(ConfigError, match=r"the GPU has 1MiB free.* needs at least \d+MiB"):
+        with_free(2**20)
 
 
 def test_blocks_cost_nothing(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def calibrated_streams(
         held_out,
         original_fit=any(entry.needs & {"drift", "residual"} for entry in entries),
         folder=folder,
-        stream_bytes=planned.costs.stream_bytes if request.memory is not None else None,
+        stream_bytes=planned.costs.stream_bytes,
         keep_runs=planned.costs.keep_runs,
         panels=planned.costs.panels,
         device=request.device,

@@ -17,6 +17,7 @@ from mezzotint.pipeline.ranks import dealt
 START_SECONDS = 2.0  # opening, planning, writing
 SAMPLING_BYTES = 1.8  # the whole model and its KV cache, as a multiple of the checkpoint
 LOGIT_BYTES = 256 * 2**20  # of logits and what is computed from them, at a time
+_OF_DEVICE = 0.9  # of what is free on a GPU: libraries and pieces between tensors take the rest
 _SAMPLING = 4  # a token sampled one by one costs so many of those that run side by side
 
 
@@ -41,7 +42,7 @@ class Costs:
     Attributes:
         peak_memory_bytes: of the process.
         least_memory_bytes: the smallest limit that can be kept.
-        stream_bytes: activations that may stay in memory; more is spilled to a file.
+        stream_bytes: activations that may stay in memory; more is spilled to a file. None is no limit.
         keep_runs: every batch may wait inside a block, so that no prefix is computed twice.
         panels: wide squares of sums lie in files and are worked on a panel at a time.
         flops: of all forwards, statistics and roundings.
@@ -49,7 +50,7 @@ class Costs:
 
     peak_memory_bytes: int
     least_memory_bytes: int
-    stream_bytes: int
+    stream_bytes: int | None
     keep_runs: bool
     panels: bool
     flops: float
@@ -70,8 +71,9 @@ def estimate(
         source: the original.
         entries: what is done.
         calibration: None if nothing needs it.
-        memory: bytes that each process may take; None is no limit.
-        device: that computes; sums lie in files on the CPU only.
+        memory: bytes that each process may take; None is no limit but that of the device.
+        device: that computes; sums lie in files on the CPU only. What is predicted lies in the memory of a GPU, but for
+            what Python and its packages take, so what is free there is a limit too.
         ranks: processes that share the work.
 
     Raises:
@@ -84,13 +86,15 @@ def estimate(
     filed = phases(source, entries, tokens, panels=device == "cpu")
     least, panels = _least(filed), False
     whole = max(phase.peak(phase.spilled, keep_runs=True) for phase in found)
-    room, keep_runs, peak = whole, True, unbounded(whole)
-    if memory is not None:
-        _check(memory, least, sampling)
-        panels = memory < _least(found)
+    room, keep_runs, peak = None, True, unbounded(whole)
+    limit = _limit(memory, device)
+    if limit is not None:
+        most, name = limit
+        _check(most, name, least, sampling)
+        panels = most < _least(found)
         found = filed if panels else found
-        keep_runs = max(phase.peak(0, keep_runs=True) for phase in found) <= memory
-        room = min(memory - phase.peak(0, keep_runs=keep_runs) for phase in found)
+        keep_runs = max(phase.peak(0, keep_runs=True) for phase in found) <= most
+        room = min(most - phase.peak(0, keep_runs=keep_runs) for phase in found)
         peak = max(phase.peak(room, keep_runs=keep_runs) for phase in found)
     return Costs(
         peak_memory_bytes=max(peak, sampling),
@@ -114,7 +118,22 @@ def _largest_share(calibration: CalibrationPlan, ranks: int) -> Tokens:
     return Tokens(total=max(sum(sizes[i] for i in hand) for hand in dealt(sizes, ranks)) * seqlen, seqlen=seqlen)
 
 
-def _check(memory: int, least: int, sampling: int) -> None:
+def _limit(memory: int | None, device: str) -> tuple[int, str] | None:
+    """The smaller limit of what was asked for and what is free on a GPU, and what it is called."""
+    limits = [] if memory is None else [(memory, f"--memory is {memory / 2**20:.0f}MiB")]
+    free = free_device_bytes(device)
+    if free is not None:
+        room = BASE_BYTES + int(_OF_DEVICE * free)
+        limits.append((room, f"the GPU has {free / 2**20:.0f}MiB free, enough for {room / 2**20:.0f}MiB in all"))
+    return min(limits, default=None)
+
+
+def free_device_bytes(device: str) -> int | None:
+    """What is free on a GPU now; None without one."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else None
+
+
+def _check(memory: int, name: str, least: int, sampling: int) -> None:
     """Refuse what cannot be promised."""
     if memory >= max(least, sampling):
         return
@@ -126,7 +145,7 @@ def _check(memory: int, least: int, sampling: int) -> None:
         if sampling
         else ", or fewer tokens with --samples and --seqlen"
     )
-    raise ConfigError(f"--memory is {memory / 2**20:.0f}MiB; this plan needs at least {needed}. Give that much{other}.")
+    raise ConfigError(f"{name}; this plan needs at least {needed}. Give that much{other}.")
 
 
 def _stored(source: Source) -> int:

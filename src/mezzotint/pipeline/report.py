@@ -107,6 +107,7 @@ def full_report(
         "by_rank": [dict(one) for one in by_rank],
         "times": dict(times),
         "promised_peak_memory_bytes": planned.plan.peak_memory_bytes,
+        **({"peak_device_bytes": torch.cuda.max_memory_allocated()} if request.device == "cuda" else {}),
         "output_bytes": output_bytes,
         "original_bytes": original_bytes,
         "plan": plan_json(planned),
