@@ -141,7 +141,7 @@ def test_more_sweeps_and_other_settings_reach_the_descent(tmp_path: Path) -> Non
         "twice": {"submodules.sweeps": 2},
         "nothing": {"submodules.strength": 0.0},
         "plain": {"submodules.metric": "plain"},
-        "few": {"submodules.tokens": 0.5, "submodules.iterations": 1},
+        "few": {"submodules.tokens": 0.5, "submodules.mlp_tokens": 0.5, "submodules.iterations": 1},
     }.items():
         descended(TINY_LLAMA, tmp_path / name, "lpcd-gptq", **options, settings=settings)
         results[name] = tensors_of(tmp_path / name)

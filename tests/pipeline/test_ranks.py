@@ -53,7 +53,7 @@ RECIPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {**SPLIT, "memory": 2**30},
     ),
 }
-QUICK = ("default", "trellis", "submodules", "allocation", "head")
+QUICK = ("default", "trellis", "submodules", "head")
 SLOW = tuple(name for name in RECIPES if name not in QUICK)
 
 

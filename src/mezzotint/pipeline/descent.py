@@ -23,7 +23,7 @@ from mezzotint.pipeline.parts import Place, places
 from mezzotint.pipeline.solve import Known, Solved, Solver
 from mezzotint.pipeline.streams import Streams
 from mezzotint.submodules.batches import AttentionBatch, Linear, Linears, MlpBatch, Outer
-from mezzotint.submodules.lpcd import LEAST_TOKENS, MEMBERS, Lpcd, Part
+from mezzotint.submodules.lpcd import MEMBERS, Lpcd, Part
 from mezzotint.submodules.qk import QueryKey
 from mezzotint.submodules.scores import Pattern
 from mezzotint.submodules.updown import UpDown
@@ -238,8 +238,7 @@ class Descent:
 
     def _chosen(self, part: Part) -> dict[int, int]:
         """How many windows of each batch a part uses; it is fitted and judged on about as many."""
-        width, per_column = self._places[_FIRST[part]].matrix.shape[1], self._settings.tokens
-        limit = math.inf if per_column is None else max(per_column * width, LEAST_TOKENS[part])
+        limit = self._settings.tokens_of(part, self._places[_FIRST[part]].matrix.shape[1])
         found = dict[int, int]()
         for index, batch in enumerate(self._streams.batches):
             windows, seqlen = batch.tokens.shape
