@@ -14,7 +14,7 @@ MEMBERS: dict[Part, tuple[str, ...]] = {"qk": ("q", "k"), "vo": ("v", "o"), "upd
 # what the members of a part are weighed by, beside its members themselves
 AROUND: dict[Part, tuple[str, ...]] = {"qk": (), "vo": ("q", "k"), "updown": ()}
 # that a relaxed problem is made of; with attention in it every token meets many others, which costs and says more
-_LEAST_TOKENS: dict[Part, int] = {"qk": 768, "vo": 768, "updown": 4096}
+_LEAST_TOKENS: dict[Part, float] = {"qk": 768.0, "vo": 768.0, "updown": 4096.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
