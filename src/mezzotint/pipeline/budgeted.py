@@ -63,10 +63,10 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
         with ranks_of(request.device) as ranks:
             return run.quantize(request, out, listener, resume=resume, ranks=ranks)
     with ranks_of(request.device, patience=_PATIENCE) as ranks:
-        return _best(request, out, listener, resume, ranks)
+        return _guarded(request, out, listener, resume, ranks)
 
 
-def _best(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
+def _guarded(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
     """The better one of the candidates; the first rank allocates and measures, all of them quantize."""
     folder = found = None
     try:
