@@ -64,7 +64,7 @@ def test_blocks_cost_nothing(tmp_path: Path) -> None:
     assert peaks[0] == peaks[1]
 
 
-@pytest.mark.parametrize("recipe", ["gptq", "default"])
+@pytest.mark.parametrize("recipe", [pytest.param("gptq", marks=pytest.mark.slow), "default"])
 def test_sums_in_files_give_the_same(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the order of sums, which may turn a code that lies on the border of two, and then those behind it."""
     held = quantized(TINY_LLAMA, tmp_path / "held", recipe)
