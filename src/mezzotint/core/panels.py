@@ -25,6 +25,15 @@ class Storage(Protocol):
         ...
 
 
+def mirror_(square: Float[Tensor, "n n"]) -> None:
+    """Make a square symmetric to the last bit by what lies above its diagonal. Modifies it.
+
+    A product of a matrix with its own transpose is not that on every processor: sums of the two sides may be in
+    another order.
+    """
+    square.copy_(square.triu() + square.triu(1).t())
+
+
 class StoredSquare(Tensor):
     """A square matrix of the CPU that lies in a storage.
 
@@ -81,8 +90,9 @@ class StoredSquare(Tensor):
             self._storage.write(rows, self._offset(start))
 
     def reflect_(self) -> None:
-        """Fill in what lies left of the diagonal block of each panel from what lies above it."""
+        """Fill in what lies left of the diagonal in each panel from what lies above it."""
         for start, rows in self.panels_():
+            mirror_(rows[:, start : start + len(rows)])
             for above in range(0, start, self._step):
                 block = rows.new_empty(self._step, len(rows))
                 for row in range(self._step):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mezzotint.core import panels
 from mezzotint.core.linalg import Factor, cholesky_upper, inverse_cholesky_upper, with_enough_damping
-from mezzotint.core.panels import Storage, StoredSquare
+from mezzotint.core.panels import Storage, StoredSquare, mirror_
 
 _PANEL = 256
 
@@ -236,7 +236,7 @@ class Accumulator:
         xh = quantized.to(self.gram.dtype)
         weighted = xh if weights is None else xh * weights.to(xh.dtype).unsqueeze(-1)
         self.tokens += float(xh.shape[0] if weights is None else weights.sum(dtype=torch.float64))
-        # symmetric: what lies left of each panel's diagonal block is filled in at the end
+        # symmetric: what lies left of the diagonal is filled in at the end
         for start, rows in _panels_(self.gram, _PANEL):
             rows[:, start:].addmm_(weighted[:, start : start + len(rows)].t(), xh[:, start:])
         if self.drift is not None and original is not None:
@@ -264,6 +264,7 @@ class Accumulator:
         else:
             for start, rows in _panels_(self.gram, _PANEL):
                 rows[:, :start] = self.gram[:start, start : start + len(rows)].t()
+                mirror_(rows[:, start : start + len(rows)])
         return Statistics(
             tokens=self.tokens,
             gram=self.gram,
