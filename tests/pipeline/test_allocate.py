@@ -89,6 +89,7 @@ def test_losses_are_those_of_rounded_rows_in_the_norm_of_inputs_and_gradients(mo
         assert sensitivity.loss(error.float(), gram) == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
     for rows in (10_000, 48):
@@ -284,6 +285,7 @@ def test_a_named_matrix_must_be_there_and_rules_are_about_matrices() -> None:
         mezzotint.Recipe(rules=[{"match": "*", "set": {"allocation.bits": 3}}])  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_what_fits_leaves_room_for_the_cache() -> None:
     """Three blocks of the tiny Llama: keys and values by hand, in bfloat16."""
     config = opened(TINY_LLAMA).config

@@ -86,6 +86,7 @@ def test_everything_becomes_dense(settings: dict[str, Any], tmp_path: Path) -> N
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_blocks_become_a_gguf_file_and_that_becomes_dense(tmp_path: Path) -> None:
     settings = {"grid.kind": "gguf", "grid.type": "Q4_K", "grid.range": "error"}
     start, direct = made("mezzotint", tmp_path / "start", settings), made("gguf", tmp_path / "direct", settings)

@@ -63,6 +63,7 @@ def test_what_is_read_is_what_was_rounded(made: tuple[Path, dict]) -> None:
         torch.testing.assert_close(float(error), linear["weight_error"], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_submodules_are_optimised_on_block_types(tmp_path: Path) -> None:
     every = {"submodules.parts": ["qk", "vo", "updown"]}
     report = quantized(TINY_LLAMA, tmp_path / "out", "lpcd-gptq", engine="llama.cpp", settings=every)

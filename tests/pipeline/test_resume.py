@@ -196,6 +196,7 @@ def test_a_gguf_file(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.slow
 def test_an_allocation_with_two_candidates(llama: Path, tmp_path: Path) -> None:
     settings = {"allocation.kind": "knapsack", "allocation.windows": 2, "allocation.guard": True, "grid.group_size": 32}
     options: dict[str, Any] = {"bits": 3.6, "settings": settings}
