@@ -148,7 +148,7 @@ def test_turned_rows_lose_less_than_rows_as_they_are():
     generator = torch.Generator().manual_seed(4)
     table = torch.randn(256, 64, generator=generator) * torch.rand(64, generator=generator).square()
     grid = UniformGrid(bits=4, group_size=None, range="error", scale_dtype="float16")
-    aim = Aim(matrix=table, quadratic=None, corrected=False, decisions={})
+    aim = Aim(matrix=table, corrected=False, decisions={})
     basis = Hadamard(sides="input").fit([aim], None, None, generator)[0]
     errors = []
     for matrix, back in ((table, lambda value: value), (basis.weight(table), basis.inverse)):

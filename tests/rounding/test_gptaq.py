@@ -13,7 +13,7 @@ from mezzotint.errors import ConfigError
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.rounding.gptaq import Gptaq, carry_of
 from mezzotint.rounding.gptq import Gptq
-from mezzotint.targets.qep import Qep
+from mezzotint.targets.qep import Qep, quadratic_of
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import ProblemSettings, make_problem
 from reference import gptaq as reference
@@ -87,7 +87,7 @@ def test_it_lowers_the_loss_on_drifting_inputs():
         mixing = 0.1 * torch.randn(24, 24, generator=generator, dtype=torch.float64)  # x = xh + mixing' xh
         gram = problem.statistics.gram
         problem = replace(problem, statistics=replace(problem.statistics, drift=mixing.t() @ gram, residual=None))
-        quadratic = Qep().aim(problem.weight, problem.statistics, None).quadratic
+        quadratic = quadratic_of(problem.weight, problem.statistics)
         stages = (Gptq(), Gptaq(strength=0.25), Gptaq(strength=1.0))
         losses.append([float(quadratic.value(solve(stage, problem).value).sum()) for stage in stages])
     plain, weak, strong = np.array(losses).T

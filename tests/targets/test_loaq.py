@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mezzotint.errors import ConfigError
 from mezzotint.targets.loaq import Loaq
-from mezzotint.targets.qep import Qep
+from mezzotint.targets.qep import Qep, quadratic_of
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import make_tokens, make_weight
 from reference import qep as reference
@@ -46,9 +46,10 @@ def test_at_full_strength_it_minimises_the_error_of_the_stream(seed):
         assert reference.loss(other, w, x, xh, difference).sum() > least.sum()
     for size in (1e-3, 1e-1):
         assert (reference.loss(value + size * rng.standard_normal(w.shape), w, x, xh, difference) > least).all()
-    # and the objective that it hands on is that loss: no gradient there
-    gradient = value @ aim.quadratic.gram.numpy() - aim.quadratic.cross.numpy()
-    np.testing.assert_allclose(gradient, 0, atol=1e-9 * np.abs(aim.quadratic.cross.numpy()).max())
+    # and the quadratic that decisions go by is that loss: no gradient there
+    quadratic = quadratic_of(weight, tokens.statistics())
+    gradient = value @ quadratic.gram.numpy() - quadratic.cross.numpy()
+    np.testing.assert_allclose(gradient, 0, atol=1e-9 * np.abs(quadratic.cross.numpy()).max())
 
 
 @given(problem=strategies.linear_problems(), alpha=strengths, damping=dampings)

@@ -1,4 +1,4 @@
-"""What a matrix is approximated to: an aim, and the quadratic that it minimises."""
+"""What a matrix is approximated to: an aim, or the quadratic of its loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,12 +26,10 @@ class Aim:
 
     Attributes:
         matrix: ``[out, in]``, float32 or wider.
-        quadratic: the objective it minimises, where it is explicit.
         corrected: already contains the correction for upstream error.
         decisions: what was chosen and why, for the report.
     """
 
     matrix: Float[Tensor, "out in"]
-    quadratic: Quadratic | None = None
     corrected: bool = False
     decisions: Mapping[str, float | str] = field(default_factory=dict)

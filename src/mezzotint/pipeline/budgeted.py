@@ -70,14 +70,14 @@ def _guarded(request: Request, out: Path, listener: Listener | None, resume: boo
     """The better one of the candidates; the first rank allocates and measures, all of them quantize."""
     folder = found = None
     try:
-        with ranks.first_ahead():
+        with ranks.led():
             if ranks.first:
                 folder = OutputFolder(out, resume=resume)
                 found = _allocated(request, listener)
         candidates = _candidates(request, found, ranks)
         inside = out.absolute().with_name(out.name + ".partial")
         reports = {name: _made(one, inside / name, listener, resume, ranks) for name, one in candidates.items()}
-        with ranks.first_ahead():
+        with ranks.led():
             report = {} if found is None else _decided(request, found, reports, inside)
     except BaseException:
         if folder is not None and not folder.resumed and next(folder.partial.rglob(STATE), None) is None:

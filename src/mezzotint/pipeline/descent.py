@@ -305,6 +305,7 @@ class Descent:
                 scaling=seen.scaling, softcap=seen.softcap, visible=seen.visible, weights=weights, sinks=seen.sinks
             ),
             outer=None if part == "qk" else self._outer(batch, part, weights),
+            first=self._streams.batches[batch].first,
         )
 
     def _rows(self, kind: str) -> range:
@@ -349,4 +350,9 @@ class Descent:
             given[module(up.linear)] = whole
             return last_input(module(up.around), (entering, *call.args), call.kwargs, given, module(down.linear))
 
-        return MlpBatch(inputs=inputs, hidden=hidden, outer=self._outer(batch, part, self._weights(batch, inputs)))
+        return MlpBatch(
+            inputs=inputs,
+            hidden=hidden,
+            outer=self._outer(batch, part, self._weights(batch, inputs)),
+            first=self._streams.batches[batch].first,
+        )

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mezzotint.core import panels as squares
 from mezzotint.core.contracts import Block
@@ -14,6 +15,7 @@ from mezzotint.submodules.scores import KEPT
 
 BASE_BYTES = 480 * 2**20  # interpreter, torch, transformers and what they load on first use, measured on Linux
 BATCH_TOKENS = 4096  # that run through a block together
+_WORTH_DIVIDING = 1024  # fewer tokens are one batch
 MMAP_BYTES = 2**20
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _FLOAT = 4
@@ -55,9 +57,16 @@ class Tokens:
 
 
 def windows_of_batches(windows: int, seqlen: int) -> list[int]:
-    """How many windows run together in each batch: about `BATCH_TOKENS` tokens, on any number of ranks."""
-    size = max(1, BATCH_TOKENS // seqlen)
-    return [min(size, windows - start) for start in range(0, windows, size)]
+    """How many windows run together in each batch: at most `BATCH_TOKENS` tokens, on any number of ranks.
+
+    Batches are even in size, and in number where there are tokens enough for two: so two ranks have the same work of
+    every kind.
+    """
+    batches = -(-windows // max(1, BATCH_TOKENS // seqlen))
+    if windows > 1 and windows * seqlen >= _WORTH_DIVIDING:
+        batches += batches % 2
+    borders = [windows * number // batches for number in range(batches + 1)]
+    return [end - start for start, end in pairwise(borders)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

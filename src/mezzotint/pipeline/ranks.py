@@ -40,22 +40,25 @@ class Ranks:
         return self.number == 0
 
     @contextmanager
-    def first_ahead(self) -> Iterator[None]:
-        """The first rank goes alone; the others follow when it is through, or not at all.
+    def led(self) -> Iterator[None]:
+        """All ranks do it at once; where the first one fails, the others keep quiet about their own failures.
 
         Raises:
             RankError: on the others, where the first has failed.
         """
-        if not self.first and not self.told(None):
-            raise RankError("rank 0 has stopped; its message says why.")
+        failure: Exception | None = None
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self.first:
                 self.told(False)
-            raise
-        if self.first:
-            self.told(True)
+            if self.first or not isinstance(error, Exception):
+                raise
+            failure = error
+        if not self.told(True):
+            raise RankError("rank 0 has stopped; its message says why.") from failure
+        if failure is not None:
+            raise failure
 
     def told(self, value: Any) -> Any:
         """What the first rank has, a value of JSON."""

@@ -81,7 +81,7 @@ def quantize(
         MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
     """
     clock = _Clock()
-    with ranks.first_ahead():
+    with ranks.led():
         source = open_original(request.model, trust_remote_code=request.trust_remote_code)
         planned = make_plan(source, replace(request, ranks=ranks.size))
         partial = out.absolute().with_name(out.name + ".partial")

@@ -197,8 +197,7 @@ class Solver:
 
     def _aim(self, matrix: Matrix, weight: Tensor, used: Statistics | None, held_out: Statistics | None) -> Aim:
         try:
-            aim = self._entries[matrix.name].target.aim(weight, used, held_out)
-            return replace(aim, quadratic=None)  # as large as the matrix, and nothing here asks for it
+            return self._entries[matrix.name].target.aim(weight, used, held_out)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise

@@ -1,7 +1,7 @@
 """What the submodules of a block see of one batch of windows, in both streams."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -124,6 +124,7 @@ class AttentionBatch:
             heads apart, norms and positions applied, by the model's own code.
         pattern: what lies between.
         outer: of the output projection; None before it has run.
+        first: number of its first window among those of all processes.
         target, mixer: of the submodule that the batch is made for, as long as its weights stay.
     """
 
@@ -134,6 +135,7 @@ class AttentionBatch:
     value: Projection
     pattern: Pattern
     outer: Outer | None = None
+    first: int = 0
     target: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
     mixer: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
@@ -146,11 +148,13 @@ class MlpBatch:
         inputs: of up in the quantized stream.
         hidden: the inputs of down from the outputs of up, the gate held at its quantized weights.
         outer: of down.
+        first: as of `AttentionBatch`.
     """
 
     inputs: Float[Tensor, "windows seqlen in"]
     hidden: Projection
     outer: Outer
+    first: int = 0
 
 
 class Submodule(Protocol):
@@ -196,7 +200,8 @@ def slopes(part: _Sloped, member: str, linears: Linears, batches: Callable[[], I
     def at(weight: Tensor) -> Iterator[Slope]:
         changed = {**linears, member: linears[member]._replace(weight=weight)}
         for batch in batches():
-            yield part.slope(member, changed, batch)
+            windows = range(batch.first, batch.first + len(batch.inputs))
+            yield replace(part.slope(member, changed, batch), windows=windows)
 
     return at
 

@@ -30,6 +30,7 @@ class Slope:
         residual: gives the sum of squares, and ``J' r`` in the linear's outputs ``[tokens, rows]``.
         curvature: ``J' J d`` for a change ``d`` of the linear's outputs.
         linear: what the submodule gives is linear in the linear's outputs.
+        windows: their numbers among those of all processes, all of one length.
     """
 
     inputs: Float[Tensor, "tokens in"]
@@ -37,6 +38,7 @@ class Slope:
     residual: Callable[[], tuple[float, Tensor]]
     curvature: Callable[[Tensor], Tensor]
     linear: bool
+    windows: range = range(1)
 
 
 Batches = Callable[[Float[Tensor, "rows in"]], Iterable[Slope]]  # at a weight; one batch lives at a time
@@ -133,14 +135,12 @@ class _Problem:
         gradient = torch.zeros_like(weight)
         scale = torch.zeros_like(weight[:, 0])
         squares, tokens, bent, count = 0.0, 0.0, 0.0, 0
-        generator = torch.Generator(device=weight.device).manual_seed(0)
         for slope in batches(weight):
             loss, outputs = slope.residual()
             squares += loss
             gradient.addmm_(outputs.t(), slope.inputs)
             # Hutchinson: signs at random see the diagonal of the curvature, and of the identity they see one exactly
-            signs = torch.randint(0, 2, outputs.shape, generator=generator, device=weight.device)
-            signs = signs.to(weight.dtype) * 2 - 1
+            signs = _signs(slope.windows, outputs)
             scale += (signs * slope.curvature(signs)).sum(0)
             tokens, count = tokens + slope.tokens, count + 1
             self._only = slope if count == 1 else None
@@ -200,6 +200,15 @@ class _Problem:
             direction = towards + new / energy * direction
             energy = new
         return change
+
+
+def _signs(windows: range, like: Float[Tensor, "tokens rows"]) -> Float[Tensor, "tokens rows"]:
+    """Plus and minus one at random; those of a window are the same in any batch and any process."""
+    shape, generator = (len(like) // len(windows), like.shape[1]), torch.Generator(device=like.device)
+    pieces = [
+        torch.randint(0, 2, shape, generator=generator.manual_seed(number), device=like.device) for number in windows
+    ]
+    return torch.cat(pieces).to(like.dtype) * 2 - 1
 
 
 def _shortened(batches: Batches, problem: _Problem, weight: Tensor, change: Tensor, sums: Sums) -> Tensor | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from mezzotint.core.contracts import Aim
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
-from mezzotint.targets.qep import quadratic_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,4 +64,4 @@ class Loaq:
         decisions: dict[str, float | str] = {"beta": 0.0 if fit.residual is None else self.beta}
         decisions |= fit.ridge(self.damping).needed("target.damping", self.damping)
         matrix = w + fit.solve(pull, self.damping)
-        return Aim(matrix=matrix, quadratic=quadratic_of(w, fit), corrected=True, decisions=decisions)
+        return Aim(matrix=matrix, corrected=True, decisions=decisions)

@@ -54,13 +54,12 @@ class Qep:
         if fit is None or fit.drift is None:
             raise ConfigError("target 'qep' needs calibration statistics of both streams; use target 'weight' instead.")
         drift = fit.drift
-        quadratic = quadratic_of(w, fit, residual=False)
         if self.alpha != "auto":
             if self.alpha == 0:
-                return Aim(matrix=w, quadratic=quadratic)
+                return Aim(matrix=w)
             matrix = w + self.alpha * fit.solve(w @ drift, self.damping)
             needed = fit.ridge(self.damping).needed("target.damping", self.damping)
-            return Aim(matrix=matrix, quadratic=quadratic, corrected=True, decisions=needed)
+            return Aim(matrix=matrix, corrected=True, decisions=needed)
         if held_out is None or held_out.drift is None:
             raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
         judge = quadratic_of(w, held_out, residual=False)
@@ -72,7 +71,7 @@ class Qep:
                 loss = judge.value(candidate).sum()
                 if loss < best:
                     best, chosen, decisions = loss, candidate, {"alpha": alpha, "damping": damping}
-        return Aim(matrix=chosen, quadratic=quadratic, corrected=decisions["alpha"] > 0, decisions=decisions)
+        return Aim(matrix=chosen, corrected=decisions["alpha"] > 0, decisions=decisions)
 
 
 def quadratic_of(weight: Float[Tensor, "out in"], s: Statistics, *, residual: bool = True) -> Quadratic:

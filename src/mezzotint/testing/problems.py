@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mezzotint.core.contracts import Aim, FittedGrid, Grid, Quadratic, Rounded
+from mezzotint.core.contracts import Aim, FittedGrid, Grid, Rounded
 from mezzotint.core.linalg import Factor
 from mezzotint.core.statistics import Accumulator, Statistics
 
@@ -75,7 +75,7 @@ class LinearProblem:
             self,
             weight=self.weight * factor,
             statistics=replace(self.statistics, residual=None if residual is None else residual * factor),
-            aim=scaled_aim(self.aim, factor),
+            aim=replace(self.aim, matrix=self.aim.matrix * factor),
             grid=self.grid.scaled(factor),
         )
 
@@ -146,14 +146,6 @@ def make_problem(settings: ProblemSettings) -> LinearProblem:
         aim=Aim(matrix=weight),
         grid=grid.fit(weight, statistics.importance),
     )
-
-
-def scaled_aim(aim: Aim, factor: float) -> Aim:
-    """``factor`` times the matrix to approximate, and the objective that belongs to it."""
-    q = aim.quadratic
-    if q is not None:
-        q = Quadratic(gram=q.gram, cross=q.cross * factor, const=q.const * factor**2)
-    return replace(aim, matrix=aim.matrix * factor, quadratic=q)
 
 
 def rows_of(statistics: Statistics, rows: slice) -> Statistics:
