@@ -61,6 +61,7 @@ def test_new_rounding(example: Any, tmp_path: Path) -> None:
     assert max(losses["gptq"], losses["cyclic"]) < losses["nearest"]
 
 
+@pytest.mark.slow
 def test_new_grid(example: Any, tmp_path: Path) -> None:
     printed = example("new_grid.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
     losses = {tuple(line.split()[:2]): float(line.split()[-1]) for line in printed.splitlines()}

@@ -2,26 +2,28 @@
 
 import json
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HEADING = (
-    "| who | method | stored bits | KL | perplexity | seconds of processor | seconds | peak memory, MiB |",
-    "|---|---|---|---|---|---|---|---|",
+    "| who | method | stored bits | KL | perplexity | seconds of processor | peak memory, MiB |",
+    "|---|---|---|---|---|---|---|",
 )
 LIBRARIES = ("torch", "transformers", "numpy")
 
 
-def line(result: dict[str, Any]) -> str:
-    """A row of the table."""
+def line(result: dict[str, Any], usual: str) -> str:
+    """A row of the table; seconds that the usual processor has not taken get a star."""
     row = result["settings"]["row"]
     who = f"**{row['peer']}**" if row["peer"] == "mezzotint" else row["peer"]
     if result["status"] == "failed":
-        return f"| {who} | {row['method']} | | failed: {result['message']} | | | | |"
+        return f"| {who} | {row['method']} | | failed: {result['message']} | | | |"
     e, q = result["evaluate"], result["quantize"]
     quality = f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}"
-    cost = f"{q['cpu_seconds']:.0f} | {q['seconds']:.0f} | {q['peak_rss_bytes'] / 2**20:.0f}"
+    star = "" if result["machine"]["processor"] == usual else "\\*"
+    cost = f"{q['cpu_seconds']:.0f}{star} | {q['peak_rss_bytes'] / 2**20:.0f}"
     return f"| {who} | {row['method']} | {q['bits_per_weight']:.3f} | {quality} | {cost} |"
 
 
@@ -32,11 +34,12 @@ def by_divergence(result: dict[str, Any]) -> float:
 
 def measured(results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:
     """Every quantizer at every width, the failed ones too; what nobody has run yet is named."""
-    lines = []
+    lines, processors = [], Counter(r["machine"]["processor"] for r in results)
+    usual = processors.most_common(1)[0][0]
     for bits in sorted(config["bits"], reverse=True):
         here = [r for r in results if r["settings"]["row"]["bits"] == bits]
         lines += ["", f"### {bits} bits"]
-        lines += ["", *HEADING, *map(line, sorted(here, key=by_divergence))] if here else []
+        lines += ["", *HEADING, *(line(r, usual) for r in sorted(here, key=by_divergence))] if here else []
         ran = [(r["settings"]["row"]["peer"], r["settings"]["row"]["method"]) for r in here]
         left = [f"{r['peer']} {r['method']}" for r in config["rows"] if (r["peer"], r["method"]) not in ran]
         lines += ["", f"Not measured yet: {', '.join(left)}."] if left else []
@@ -45,9 +48,10 @@ def measured(results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]
     heading = (
         f"{one['model']} (perplexity {original:.1f} before), the same 32 x 512 tokens of Wikipedia for all,\n"
         "measured on 16 x 1024 tokens of the WikiText-2 test set, nats a token "
-        "(`python -m benchmarks.peers`):"
+        f"(`python -m benchmarks.peers`). Seconds are of one thread of {usual}"
     )
-    return [heading, *lines]
+    others = " or ".join(sorted(set(processors) - {usual}))
+    return [f"{heading}; with a star, of {others}." if others else f"{heading}.", *lines]
 
 
 def asked_for(results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:

@@ -197,14 +197,14 @@ class FittedGguf:
         self, code: UInt8[Tensor, "out in"], values: Float[Tensor, "out k"], columns: Int[Tensor, " k"]
     ) -> Float[Tensor, "out k"]:
         """Write the nearest codes into ``code[:, columns]`` and return what they decode to."""
-        groups = columns // self.group_size
-        piece = self._nearest(values, groups, 1)
+        scale, shift = self._of_columns(columns)
+        piece = self._nearest(values, scale, shift, 1)
         code.index_copy_(1, columns, piece)
-        return self._values(piece, groups, 1)
+        return self._values(piece, scale, shift, 1)
 
     def encode(self, values: Float[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
         """The nearest codes of a whole matrix, of any floating dtype."""
-        return self._nearest(values, None, self.group_size)
+        return self._nearest(values, self.scale, self._shift, self.group_size)
 
     def feed_(
         self,
@@ -217,15 +217,15 @@ class FittedGguf:
         t = self.grid.block_type
         if t.zero_point is None:
             return feed_tiles_(self, code, work, upper, columns)
-        groups = columns // self.group_size
-        scale, zero_point = self.scale.index_select(1, groups), self.zero_point.index_select(1, groups)
+        scale, zero_point = self._of_columns(columns)
+        assert zero_point is not None
         piece, error = kernels.gptq_block_(work, upper, scale, zero_point, t.bits)
         code.index_copy_(1, columns, piece)
         return error
 
     def decode(self, code: UInt8[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The values that the codes stand for."""
-        return self._values(code, None, self.group_size)
+        return self._values(code, self.scale, self._shift, self.group_size)
 
     def store(self, code: UInt8[Tensor, "out in"], shape: tuple[int, int]) -> Mapping[str, Tensor]:
         """The blocks of each row."""
@@ -255,32 +255,36 @@ class FittedGguf:
             return super_
         return super_.repeat_interleave(self.grid.block_type.groups, dim=1) * sub
 
-    def _nearest(self, values: Tensor, groups: Tensor | None, size: int) -> UInt8[Tensor, "out k"]:
-        """Codes; ``groups`` of the columns, None is all of them, ``size`` columns each."""
-        t, scale = self.grid.block_type, _taken(self.scale, groups)
+    @cached_property
+    def _shift(self) -> Tensor | None:
+        """What goes with the scale of each group: zero points, or minima; None beside a table."""
+        return self.least if self.grid.block_type.zero_point is None else self.zero_point
+
+    def _of_columns(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        groups, shift = columns // self.grid.block_type.group, self._shift
+        return self.scale.index_select(1, groups), None if shift is None else shift.index_select(1, groups)
+
+    def _nearest(self, values: Tensor, scale: Tensor, shift: Tensor | None, size: int) -> UInt8[Tensor, "out k"]:
+        """Codes; ``size`` columns share each scale and shift."""
+        t = self.grid.block_type
         if t.zero_point is not None:
-            return kernels.affine_encode(values, scale, _taken(self.zero_point, groups), size, t.bits)
+            assert shift is not None
+            return kernels.affine_encode(values, scale, shift, size, t.bits)
         wide = values.detach().to(torch.promote_types(values.dtype, scale.dtype))
-        if self.least is not None:
-            wide = wide + _wide(_taken(self.least, groups), size)
         if t.values is not None:  # blocks of zeros: all the same code
-            return nearest_entry(t, wide / _wide(scale.masked_fill(scale == 0, torch.inf), size)).to(torch.uint8)
-        wide = wide / _wide(scale, size)
+            divisor = scale.masked_fill(scale == 0, torch.inf).repeat_interleave(size, dim=1)
+            return nearest_entry(t, wide / divisor).to(torch.uint8)
+        assert shift is not None
+        wide = (wide + shift.repeat_interleave(size, dim=1)) / scale.repeat_interleave(size, dim=1)
         return wide.round_().clamp_(0, 2**t.bits - 1).to(torch.uint8)
 
-    def _values(self, code: Tensor, groups: Tensor | None, size: int) -> Float[Tensor, "out k"]:
-        t, scale = self.grid.block_type, _taken(self.scale, groups)
+    def _values(self, code: Tensor, scale: Tensor, shift: Tensor | None, size: int) -> Float[Tensor, "out k"]:
+        t = self.grid.block_type
         if t.zero_point is not None:
-            return kernels.affine_decode(code, scale, _taken(self.zero_point, groups), size)
+            assert shift is not None
+            return kernels.affine_decode(code, scale, shift, size)
+        wide = scale.repeat_interleave(size, dim=1)
         if t.values is not None:
-            return _wide(scale, size) * table_values(t, scale)[code.int()]
-        assert self.least is not None
-        return _wide(scale, size) * code - _wide(_taken(self.least, groups), size)
-
-
-def _taken(value: Tensor, groups: Tensor | None) -> Tensor:
-    return value if groups is None else value.index_select(1, groups)
-
-
-def _wide(value: Tensor, size: int) -> Tensor:
-    return value if size == 1 else value.repeat_interleave(size, dim=1)
+            return wide * table_values(t, scale)[code.int()]
+        assert shift is not None
+        return wide * code - shift.repeat_interleave(size, dim=1)
