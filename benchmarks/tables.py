@@ -18,6 +18,13 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
+def ranges_of(name: str) -> str:
+    """How a suite's ranges were chosen, where it was not the grid's own way."""
+    settings = [r["settings"] for r in rows_of(name)]
+    squared = any("grid.range_power=2" in (*s.get("common", ()), *s["row"].get("set", ())) for s in settings)
+    return "Ranges of integers minimise squared errors (`grid.range_power=2`)." if squared else ""
+
+
 def quality() -> list[str]:
     """Loss by method and bits."""
     rows = rows_of("quality")
@@ -32,7 +39,7 @@ def quality() -> list[str]:
         f"SmolLM2-135M-Instruct (perplexity {original:.1f} before), groups of 64, calibrated on 32 x 512 tokens of "
         "Wikipedia,\nmeasured on 16 x 1024 tokens of the WikiText-2 test set (`python -m benchmarks quality`):"
     )
-    return [heading, "", *lines]
+    return [heading, ranges_of("quality"), "", *lines]
 
 
 def trellises() -> list[str]:
@@ -65,7 +72,7 @@ def allocations() -> list[str]:
         "SmolLM2-135M-Instruct, calibrated on 32 x 512 tokens of Wikipedia, measured on 16 x 1024 tokens of "
         "the WikiText-2\ntest set, nats per token (`python -m benchmarks allocation`); without the guard:"
     )
-    return [heading, "", *lines]
+    return [heading, ranges_of("allocation"), "", *lines]
 
 
 def submodules() -> list[str]:
@@ -80,6 +87,7 @@ def submodules() -> list[str]:
         lines.append(f"| {name} | {shown} |")
     return [
         "stories260k, protocol *screen*, a scale a row: KL in nats per token (`python -m benchmarks lpcd`):",
+        ranges_of("lpcd"),
         "",
         *lines,
     ]
@@ -109,7 +117,7 @@ def submodules_short() -> list[str]:
         "the loss is that of held-out windows, a geometric mean over blocks. Seconds with a star are of another\n"
         "processor, two to three times as slow at this, and busy:"
     )
-    return [heading, "", *lines]
+    return [heading, ranges_of("lpcd_short"), "", *lines]
 
 
 def generation() -> list[str]:
@@ -168,7 +176,7 @@ def bases() -> list[str]:
         "KL in nats per token on stories260k, protocol *screen* (`python -m benchmarks basis`), a scale a row "
         "(channel)\nor for 32 columns (groups):"
     )
-    return [heading, "", *lines]
+    return [heading, ranges_of("basis"), "", *lines]
 
 
 def bases_short() -> list[str]:
@@ -181,7 +189,8 @@ def bases_short() -> list[str]:
         row, e, q = r["settings"]["row"], r["evaluate"], r["quantize"]
         figures = f"{e['kl_nats']:.3f} | {e['perplexity']:.1f} | {q['cpu_seconds']:.0f}"
         lines.append(f"| {row['bits']} | {q['bits_per_weight']:.2f} | {row['name']} | {figures} |")
-    return ["SmolLM2-135M-Instruct, protocol *short*, per channel (`python -m benchmarks basis_short`):", "", *lines]
+    heading = "SmolLM2-135M-Instruct, protocol *short*, per channel (`python -m benchmarks basis_short`):"
+    return [heading, ranges_of("basis_short"), "", *lines]
 
 
 def corrections() -> list[str]:
@@ -200,7 +209,7 @@ def corrections() -> list[str]:
         stored = r["quantize"]["bits_per_weight"]
         lines.append(f"| {row['bits']} | {scales} | {row['name']} | {stored:.2f} | {losses} |")
     heading = "Corrections with everything else held fixed, calibrated on Wikipedia (`python -m benchmarks ablation`):"
-    return [heading, "", *lines]
+    return [heading, ranges_of("ablation"), "", *lines]
 
 
 def screened() -> list[str]:
@@ -221,7 +230,7 @@ def screened() -> list[str]:
         "`plain` ranges\nminimise the squared error of weights, `weighted` ones that of the inputs' energies "
         "(`python -m benchmarks corrections`).\nNumbers behind `qep` are strength and damping:"
     )
-    return [heading, "", *lines]
+    return [heading, ranges_of("corrections"), "", *lines]
 
 
 def gguf_files() -> list[str]:

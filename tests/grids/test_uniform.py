@@ -56,8 +56,9 @@ def test_the_search_finds_the_least_error_of_all_candidates(problem):
         if row >= len(weight) or group >= 2 or not weight[row, columns].any():
             continue
         pair = float(problem.grid.scale[row, group]), float(problem.grid.zero_point[row, group])
-        found = reference.squared_error(weight[row, columns], importance[columns], *pair, grid.bits)
-        least = reference.least_error(weight[row, columns], importance[columns], grid.bits, symmetric=grid.symmetric)
+        of = weight[row, columns], importance[columns]
+        found = reference.error_of(*of, *pair, grid.bits, grid.range_power)
+        least = reference.least_error(*of, grid.bits, power=grid.range_power, symmetric=grid.symmetric)
         # scales are rounded to float32: 6e-8 of a value, on values of at most 2^4 steps and errors of at least some
         # percent of a step, twice for the square, and once more because another candidate may win by that much
         assert found == pytest.approx(least, rel=1e-4, abs=1e-12)
@@ -66,8 +67,11 @@ def test_the_search_finds_the_least_error_of_all_candidates(problem):
 @given(uniform_problems([None, 5], ["error"], most_bits=8, symmetric=False))
 def test_no_range_search_loses_to_the_plain_range_it_contains(problem):
     """Asymmetric, the full range is the first candidate."""
+    power = problem.grid.grid.range_power
     plain = replace(problem.grid.grid, range="minmax").fit(problem.weight, None)
-    errors = [(g.decode(g.encode(problem.weight)) - problem.weight).square().sum() for g in (problem.grid, plain)]
+    errors = [
+        (g.decode(g.encode(problem.weight)) - problem.weight).abs().pow(power).sum() for g in (problem.grid, plain)
+    ]
     assert errors[0] <= errors[1] * (1 + 1e-12)
 
 

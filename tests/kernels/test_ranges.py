@@ -40,14 +40,17 @@ def test_full_range_agrees_with_torch(level, symmetric, problem, scale_dtype, th
     steps=st.integers(1, 9),
     span=st.integers(0, 3),
     weighted=st.booleans(),
+    power=st.sampled_from(kernels.POWERS),
     threads=st.integers(1, 3),
 )
-def test_search_agrees_with_torch(level, symmetric, problem, scale_dtype, steps, span, weighted, threads):
+def test_search_agrees_with_torch(level, symmetric, problem, scale_dtype, steps, span, weighted, power, threads):
     importance = problem.importance if weighted else None
-    options = {"scale_dtype": scale_dtype, "steps": steps, "zero_point_span": span}
+    options = {"power": power, "scale_dtype": scale_dtype, "steps": steps, "zero_point_span": span}
     arguments = problem.values, problem.group_size, problem.bits, symmetric, importance
     actual = kernels.search_range(*arguments, **options, threads=threads, level=level)
-    search = reference.RangeSearch(bits=problem.bits, symmetric=symmetric, scale_dtype=scale_dtype, span=span)
+    search = reference.RangeSearch(
+        bits=problem.bits, symmetric=symmetric, scale_dtype=scale_dtype, span=span, power=power
+    )
     at = torch.arange(steps, dtype=torch.float64)
     fractions = 1 - torch.stack([at, at + 0.5]) * (0.8 / steps)
     same(actual, search.run(problem.values, problem.group_size, importance, fractions))
@@ -55,10 +58,15 @@ def test_search_agrees_with_torch(level, symmetric, problem, scale_dtype, steps,
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @settings(max_examples=30)
-@given(problem=problems(dtype=torch.float64, least_bits=2), steps=st.integers(1, 9), span=st.integers(0, 2))
-def test_no_candidate_is_better_in_float64(symmetric, problem, steps, span):
+@given(
+    problem=problems(dtype=torch.float64, least_bits=2),
+    steps=st.integers(1, 9),
+    span=st.integers(0, 2),
+    power=st.sampled_from(kernels.POWERS),
+)
+def test_no_candidate_is_better_in_float64(symmetric, problem, steps, span, power):
     values, size, bits = problem.values, problem.group_size, problem.bits
-    options = {"steps": steps, "zero_point_span": span}
+    options = {"power": power, "steps": steps, "zero_point_span": span}
     scale, zero_point = kernels.search_range(values, size, bits, symmetric, problem.importance, **options)
     assert scale.dtype == torch.float64
     importance = problem.importance.double().numpy()
@@ -69,12 +77,12 @@ def test_no_candidate_is_better_in_float64(symmetric, problem, steps, span):
             if not w.any():
                 assert (s, z) == (1.0, 2 ** (bits - 1) if symmetric else 0.0)
                 continue
-            error = twin.squared_error(w, weight, s, z, bits)
+            error = twin.error(w, weight, s, z, bits, power)
             choices = twin.candidates(w, bits, symmetric, steps=steps, shrink=0.8, span=span)
-            best = min(twin.squared_error(w, weight, a, b, bits) for a, b in choices)
+            best = min(twin.error(w, weight, a, b, bits, power) for a, b in choices)
             # Scales are rounded to float32: by 2^-24 of a value, at most 2^bits steps, against errors of any size.
-            slack = 2 * float(np.sqrt((weight * w**2).sum())) * 2.0**-23
-            assert np.sqrt(error) <= np.sqrt(best) + slack
+            slack = 2 * float((weight * abs(w) ** power).sum() ** (1 / power)) * 2.0**-23
+            assert error ** (1 / power) <= best ** (1 / power) + slack
             assert float(np.float32(s)) == s
 
 
@@ -93,11 +101,11 @@ def test_full_range_matches_the_twin_and_clips_nothing(problem, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@given(problem=problems(dtype=torch.float64, least_bits=2), k=st.integers(-6, 6))
-def test_power_of_two_scale_is_exact(symmetric, problem, k):
+@given(problem=problems(dtype=torch.float64, least_bits=2), k=st.integers(-6, 6), power=st.sampled_from(kernels.POWERS))
+def test_power_of_two_scale_is_exact(symmetric, problem, k, power):
     arguments = problem.group_size, problem.bits, symmetric, problem.importance
-    scale, zero_point = kernels.search_range(problem.values, *arguments, steps=7)
-    scaled, same_zero_point = kernels.search_range(problem.values * 2.0**k, *arguments, steps=7)
+    scale, zero_point = kernels.search_range(problem.values, *arguments, steps=7, power=power)
+    scaled, same_zero_point = kernels.search_range(problem.values * 2.0**k, *arguments, steps=7, power=power)
     same(same_zero_point, zero_point)
     nonzero = reference.min_max(problem.values.abs(), problem.group_size)[1] > 0
     same(scaled[nonzero], scale[nonzero] * 2.0**k)
@@ -146,6 +154,7 @@ def test_scales_never_become_zero_or_infinite(scale_dtype):
         ({"scale_dtype": torch.int8}, "scale_dtype is torch.int8"),
         ({"steps": 0}, "steps is 0"),
         ({"shrink": 1.0}, "shrink 1.0"),
+        ({"power": 2.2}, "power is 2.2; use 2, 2.5 or 3"),
     ],
 )
 def test_wrong_settings_are_refused(settings_, message):

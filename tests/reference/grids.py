@@ -33,17 +33,17 @@ def decode_uniform(code, scale, zero_point, group_size):
     return value
 
 
-def squared_error(values, importance, scale, zero_point, bits):
-    """Of one group."""
+def error_of(values, importance, scale, zero_point, bits, power):
+    """Of one group, a sum of powers."""
     error = 0.0
     for value, weight in zip(values, importance, strict=True):
         near = uniform_value(nearest_uniform(value, scale, zero_point, bits), scale, zero_point)
-        error += weight * (near - value) ** 2
+        error += weight * abs(near - value) ** power
     return error
 
 
-def least_error(values, importance, bits, *, symmetric, shrink=0.8, steps=80, span=1):
-    """The least squared error of one group over all ranges and zero points of the search, in unrounded scales."""
+def least_error(values, importance, bits, *, power, symmetric, shrink=0.8, steps=80, span=1):
+    """The least error of one group over all ranges and zero points of the search, in unrounded scales."""
     top, half = 2**bits - 1, 2 ** (bits - 1)
     low, high = min(values.min(), 0.0), max(values.max(), 0.0)
     pairs = []
@@ -56,7 +56,7 @@ def least_error(values, importance, bits, *, symmetric, shrink=0.8, steps=80, sp
         scale = p * (high - low) / top
         near = int(np.clip(np.rint(-low * p / scale), 0, top))
         pairs += [(scale, z) for z in range(max(near - span, 0), min(near + span, top) + 1)]
-    return min(squared_error(values, importance, scale, zero_point, bits) for scale, zero_point in pairs)
+    return min(error_of(values, importance, scale, zero_point, bits, power) for scale, zero_point in pairs)
 
 
 def uniform_sizes(shape, *, bits, group_size, scale_bits, symmetric, one_scale=False):

@@ -63,9 +63,9 @@ def candidates(w, bits, symmetric, *, steps, shrink, span):
                 yield scale, np.clip(centre + d, 0, top)
 
 
-def squared_error(w, importance, scale, zero_point, bits):
+def error(w, importance, scale, zero_point, bits, power):
     difference = decode(encode(w, scale, zero_point, bits), scale, zero_point) - w
-    return float((importance * difference**2).sum())
+    return float((importance * abs(difference) ** power).sum())
 
 
 def gptq(work, factor, scale, zero_point, bits):

@@ -24,8 +24,9 @@ class UniformGrid:
         group_size: input columns per scale; None is one group a row; ``auto`` the largest of 128, 64, 32 that
             divides every quantized matrix's width, else this one's, else None. The last group may be shorter.
         symmetric: zero point fixed at ``2^(bits-1)``; otherwise each group has its own integer zero point.
-        range: how a group's scale and zero point are chosen: ``minmax``; ``error``, the smallest squared error over
-            shrunken ranges; ``weighted``, the same weighted by the mean square of each input (diag H).
+        range: how a group's scale and zero point are chosen: ``minmax``; ``error``, the smallest error over shrunken
+            ranges; ``weighted``, the same weighted by the mean square of each input (diag H).
+        range_power: of the errors that ranges are chosen by: 2, 2.5 or 3; the larger, the less is clipped.
         scale_per: one scale (and zero point) a group; one a ``row``, or one for the whole ``matrix``, whatever the
             group size: for weights that a transform has made alike.
         scale_dtype: of the stored scales, rounded to it before codes are chosen; ``auto`` is the checkpoint's.
@@ -36,12 +37,15 @@ class UniformGrid:
     group_size: scales.GroupSize = "auto"
     symmetric: bool = False
     range: Literal["minmax", "error", "weighted"] = "weighted"
+    range_power: float = 2.5
     scale_per: scales.ScalePer = "group"
     scale_dtype: scales.ScaleDtype = "auto"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"grid.bits is {self.bits}; the uniform grid takes 2 to 8. Choose one of these.")
+        if self.range_power not in kernels.POWERS:
+            raise ConfigError(f"grid.range_power is {self.range_power}; it must be 2, 2.5 or 3.")
         scales.check_group_size(self.group_size)
 
     @property
@@ -147,7 +151,7 @@ class UniformGrid:
         settings = {"symmetric": self.symmetric, "scale_dtype": self.storage_dtype}
         if self.range == "minmax":
             return kernels.min_max_range(target, size, self.bits, **settings)
-        return kernels.search_range(target, size, self.bits, importance=importance, **settings)
+        return kernels.search_range(target, size, self.bits, importance=importance, power=self.range_power, **settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

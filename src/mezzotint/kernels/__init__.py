@@ -12,10 +12,11 @@ from mezzotint.kernels.gptq import gptq_block_
 from mezzotint.kernels.hadamard import hadamard, hadamard_block
 from mezzotint.kernels.packing import pack_bits, unpack_bits
 from mezzotint.kernels.products import LevelTable, packed_matmul, product_levels, table_matmul, trellis_matmul
-from mezzotint.kernels.ranges import min_max_range, search_range
+from mezzotint.kernels.ranges import POWERS, min_max_range, search_range
 from mezzotint.kernels.trellis import from_tiles, tile_order, to_tiles, trellis_decode, trellis_encode, trellis_values
 
 __all__ = [
+    "POWERS",
     "LevelTable",
     "affine_decode",
     "affine_encode",

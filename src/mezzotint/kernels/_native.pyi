@@ -27,6 +27,7 @@ def search(
     bits: int,
     span: int,
     symmetric: bool,
+    power: float,
     dropped_bits: int,
     threads: int,
     level: str,

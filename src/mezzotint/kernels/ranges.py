@@ -1,4 +1,4 @@
-"""Scales and zero points of groups: the plain range, and the one with the least squared error."""
+"""Scales and zero points of groups: the plain range, and the one with the least error."""
 
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from mezzotint.kernels._dispatch import (
     thread_count,
 )
 
+POWERS = (2.0, 2.5, 3.0)
 # Low bits of a float32 that a scale of this dtype does not have.
 _DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -63,7 +64,7 @@ def min_max_range(
     _check(bits, symmetric, scale_dtype)
     group_count(values.shape[1], group_size)
     if takes_native(level, values):
-        settings = _Settings(bits, 0, symmetric, scale_dtype, thread_count(threads), level or "")
+        settings = _Settings(bits, 0, symmetric, 2.0, scale_dtype, thread_count(threads), level or "")
         return _search_native(values, group_size, None, torch.empty(2, 0), settings)
     lowest, highest = reference.min_max(values, group_size)
     return reference.full_range(lowest.clamp(max=0), highest.clamp(min=0), bits, symmetric, scale_dtype)
@@ -76,6 +77,7 @@ def search_range(
     symmetric: bool = False,
     importance: Float[Tensor, " n"] | None = None,
     *,
+    power: float = 2.0,
     scale_dtype: torch.dtype = torch.float32,
     steps: int = 80,
     shrink: float = 0.8,
@@ -83,7 +85,7 @@ def search_range(
     threads: int | None = None,
     level: str | None = None,
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """The range of each group with the least ``sum importance * (decode(encode(w)) - w)**2`` among candidates.
+    """The range of each group with the least ``sum importance * |decode(encode(w)) - w|**power`` among candidates.
 
     With ``lo``, ``hi`` and ``top`` as in `min_max_range`, ``i = 0 ... steps - 1``, ``p = 1 - i * shrink / steps`` and
     ``r`` the rounding to ``scale_dtype``, candidates are, in this order (the first one wins a tie):
@@ -95,7 +97,8 @@ def search_range(
 
     The first symmetric form puts a negative extreme on code 0; the second, the usual ``2 * m / top``, is taken half a
     step off because at p = 1 the extreme sits exactly between two codes. The error is summed as
-    ``scale**2 * sum importance * (code - zero_point - w * (1 / scale))**2`` in sixteen float accumulators and one tree.
+    ``scale**power * sum importance * |code - zero_point - w * (1 / scale)|**power`` in sixteen float accumulators and
+    one tree.
 
     Args:
         values: finite.
@@ -103,6 +106,7 @@ def search_range(
         bits: 1 to 8; symmetric 2 to 8.
         symmetric: whether the zero point is fixed in the middle.
         importance: weight of each column, not negative (the diagonal of a Hessian); all equal if None.
+        power: of the errors: 2, 2.5 or 3; the larger, the less is clipped.
         scale_dtype: float32, float16 or bfloat16: what scales are rounded to.
         steps: number of ranges; 1 leaves the full one.
         shrink: the part of the full range that the ranges go down by, less than 1.
@@ -124,6 +128,8 @@ def search_range(
     if steps < 1 or not 0 <= shrink < 1 or zero_point_span < 0:
         given = f"steps is {steps}, shrink {shrink}, zero_point_span {zero_point_span}"
         raise ConfigError(f"{given}; use at least 1, [0, 1) and at least 0.")
+    if power not in POWERS:
+        raise ConfigError(f"power is {power}; use 2, 2.5 or 3.")
     n = values.shape[1]
     group_count(n, group_size)
     if importance is not None and importance.shape[0] != n:
@@ -131,9 +137,11 @@ def search_range(
     at = torch.arange(steps, dtype=torch.float64)
     fractions = 1 - torch.stack([at, at + 0.5]) * (shrink / steps)  # [2, steps]: p and, half a step below, p'
     if not takes_native(level, values, importance):
-        search = reference.RangeSearch(bits=bits, symmetric=symmetric, scale_dtype=scale_dtype, span=zero_point_span)
+        search = reference.RangeSearch(
+            bits=bits, symmetric=symmetric, scale_dtype=scale_dtype, span=zero_point_span, power=power
+        )
         return search.run(values, group_size, importance, fractions)
-    settings = _Settings(bits, zero_point_span, symmetric, scale_dtype, thread_count(threads), level or "")
+    settings = _Settings(bits, zero_point_span, symmetric, power, scale_dtype, thread_count(threads), level or "")
     return _search_native(values, group_size, importance, fractions, settings)
 
 
@@ -141,6 +149,7 @@ class _Settings(NamedTuple):
     bits: int
     span: int
     symmetric: bool
+    power: float
     scale_dtype: torch.dtype
     threads: int
     level: str
@@ -152,9 +161,9 @@ def _search_native(
     shape = values.shape[0], group_count(values.shape[1], group_size)
     scale, zero_point = torch.empty(shape), torch.empty(shape)
     weight = None if importance is None else as_float32(importance)
-    bits, span, symmetric, scale_dtype, threads, level = settings
+    bits, span, symmetric, power, scale_dtype, threads, level = settings
     arrays = as_native_values(values), weight, as_float32(fractions), scale, zero_point
-    _native.search(*arrays, group_size, bits, span, symmetric, _DROPPED_BITS[scale_dtype], threads, level)
+    _native.search(*arrays, group_size, bits, span, symmetric, power, _DROPPED_BITS[scale_dtype], threads, level)
     return scale, zero_point
 
 

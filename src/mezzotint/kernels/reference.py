@@ -125,12 +125,14 @@ class RangeSearch:
         symmetric: whether the zero point is fixed in the middle.
         scale_dtype: what scales are rounded to.
         span: how far from the nearest zero point to look.
+        power: of errors.
     """
 
     bits: int
     symmetric: bool
     scale_dtype: torch.dtype
     span: int
+    power: float = 2.0
 
     def run(
         self,
@@ -148,8 +150,7 @@ class RangeSearch:
         best_scale = best_zero_point = torch.zeros_like(low)
         best_error = torch.full(low.shape, torch.inf, dtype=torch.float64, device=low.device)
         for i, (scale, zero_point) in enumerate(self._candidates(low, high, fractions.to(dtype))):
-            sums = self._squared_errors(grouped, weight, scale, zero_point)
-            error = sums.double() * (scale.double() * scale.double())
+            error = self._error(self._sums(grouped, weight, scale, zero_point).double(), scale.double())
             better = (error < best_error) if i else torch.ones_like(error, dtype=torch.bool)
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
@@ -172,14 +173,26 @@ class RangeSearch:
                 yield scale, (centre - d).clamp(0, top)
                 yield scale, (centre + d).clamp(0, top)
 
-    def _squared_errors(self, grouped: Tensor, weight: Tensor | None, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """``sum weight * (code - zero_point - value * (1 / scale))**2`` of each group."""
+    def _error(self, sums: Tensor, scale: Tensor) -> Tensor:
+        """``scale**power`` times as much, to compare; its square where a root would not be exact."""
+        if self.power == 2:
+            return sums * (scale * scale)
+        if self.power == 3:
+            return sums * (scale * scale * scale)
+        error = sums * (scale * scale)
+        return error * error * scale
+
+    def _sums(self, grouped: Tensor, weight: Tensor | None, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """``sum weight * |code - zero_point - value * (1 / scale)|**power`` of each group."""
         x = grouped * (1 / scale)[:, :, None, None]
         zero_point = zero_point[:, :, None, None]
         e = torch.minimum(torch.maximum(torch.round(x), -zero_point), (2**self.bits - 1) - zero_point) - x
-        square = e * e if weight is None else e * e * weight
-        total = torch.zeros_like(square[:, :, 0]) if square.shape[2] else square.new_zeros(*square.shape[:2], _LANES)
-        for chunk in square.unbind(dim=2):
+        error = e * e
+        if self.power != 2:
+            error = error * (e.abs() if self.power == 3 else e.abs().sqrt())
+        error = error if weight is None else error * weight
+        total = torch.zeros_like(error[:, :, 0]) if error.shape[2] else error.new_zeros(*error.shape[:2], _LANES)
+        for chunk in error.unbind(dim=2):
             total = total + chunk
         for width in (8, 4, 2, 1):
             total = total[..., :width] + total[..., width:]

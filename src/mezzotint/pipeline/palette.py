@@ -75,9 +75,12 @@ def palette(*, measure: bool = False) -> Iterator[Colour]:
 
 
 def members() -> Iterator[tuple[str, Grid]]:
-    """Names and grids: one scale a row, or a matrix for the trellis; the blocks of GGUF have their own."""
+    """Names and grids: one scale a row, or a matrix for the trellis; the blocks of GGUF have their own.
+
+    Scales are those of the least squared error, which is what they are measured by.
+    """
     for bits in range(2, 9):
-        yield f"uniform-{bits}", GRIDS["uniform"](bits=bits, group_size=None, range="error")
+        yield f"uniform-{bits}", GRIDS["uniform"](bits=bits, group_size=None, range="error", range_power=2.0)
     for bits in range(2, 9):
         yield f"lookup-{bits}", GRIDS["lookup"](bits=bits, group_size=None, range="error")
     for half in range(3, 13):

@@ -46,19 +46,16 @@ class Ranks:
         Raises:
             RankError: on the others, where the first has failed.
         """
-        failure: Exception | None = None
         try:
             yield
         except BaseException as error:
-            if self.first:
-                self.told(False)
-            if self.first or not isinstance(error, Exception):
-                raise
-            failure = error
+            # a rank that is interrupted waits for nobody
+            stopped = (self.first or isinstance(error, Exception)) and not self.told(False)
+            if stopped and not self.first:
+                raise RankError("rank 0 has stopped; its message says why.") from error
+            raise
         if not self.told(True):
-            raise RankError("rank 0 has stopped; its message says why.") from failure
-        if failure is not None:
-            raise failure
+            raise RankError("rank 0 has stopped; its message says why.")
 
     def told(self, value: Any) -> Any:
         """What the first rank has, a value of JSON."""

@@ -52,6 +52,7 @@ def _uniform_grids() -> st.SearchStrategy[Grid]:
         scale_per=st.sampled_from(["group", "row", "matrix"]),
         symmetric=st.booleans(),
         range=st.sampled_from(["minmax", "error", "weighted"]),
+        range_power=st.sampled_from([2.0, 2.5, 3.0]),
         scale_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
     )
 

@@ -29,6 +29,7 @@ static inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v
 static inline Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline Lanes square_root(Lanes a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline __m256 halves(Lanes a, __m256 (*f)(__m256, __m256)) {
     return f(_mm512_castps512_ps256(a.v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)));
 }
@@ -73,6 +74,7 @@ MEZZOTINT_BOTH(operator/, _mm256_div_ps)
 MEZZOTINT_BOTH(max, _mm256_max_ps)
 MEZZOTINT_BOTH(min, _mm256_min_ps)
 #undef MEZZOTINT_BOTH
+static inline Lanes square_root(Lanes a) { return {{_mm256_sqrt_ps(a.v[0]), _mm256_sqrt_ps(a.v[1])}}; }
 static inline __m256 halves(Lanes a, __m256 (*f)(__m256, __m256)) { return f(a.v[0], a.v[1]); }
 
 #else
@@ -139,6 +141,12 @@ MEZZOTINT_FOUR(operator/, x / y)
 MEZZOTINT_FOUR(max, x > y ? x : y)
 MEZZOTINT_FOUR(min, x < y ? x : y)
 #undef MEZZOTINT_FOUR
+static inline Lanes square_root(Lanes a) {
+    float values[16];
+    store(values, a);
+    for (float& value : values) value = __builtin_sqrtf(value);
+    return load(values);
+}
 
 #endif
 

@@ -40,6 +40,8 @@ struct MinMaxArgs {
     std::int64_t n, group_size, groups;
 };
 
+enum class Power { two, two_and_a_half, three };  // of errors that a range is chosen by
+
 struct SearchArgs {
     const void* values;       // [rows, n] of dtype
     Dtype dtype;
@@ -51,6 +53,7 @@ struct SearchArgs {
     std::int64_t n, group_size, groups, padded, steps;
     int bits, span;
     bool symmetric;
+    Power power;
     Dtype scale_dtype;
     float smallest, largest;  // of a scale in scale_dtype
 };

@@ -126,8 +126,8 @@ std::vector<float> padded_groups(const Vector<const float>& importance, const Se
 }
 
 void search(AnyMatrix values, nb::object importance, Matrix<const float> fractions, Matrix<float> scale,
-            Matrix<float> zero_point, std::int64_t group_size, int bits, int span, bool symmetric, int dropped_bits,
-            int threads, const std::string& level) {
+            Matrix<float> zero_point, std::int64_t group_size, int bits, int span, bool symmetric, double power,
+            int dropped_bits, int threads, const std::string& level) {
     const Kernels& kernels = kernels_of(level);
     const std::int64_t rows = size(values, 0), n = size(values, 1);
     SearchArgs a{};
@@ -136,6 +136,7 @@ void search(AnyMatrix values, nb::object importance, Matrix<const float> fractio
     require(size(fractions, 0) == 2, "fractions has to be [2, steps]");
     require(span >= 0, "span has to be 0 or more");
     require(dropped_bits == 0 || dropped_bits == 13 || dropped_bits == 16, "unknown dtype of scales");
+    require(power == 2.0 || power == 2.5 || power == 3.0, "power has to be 2, 2.5 or 3");
     top_of(bits);
     a.values = values.data(), a.dtype = dtype_of(values);
     a.n = n, a.group_size = group_size, a.steps = size(fractions, 1);
@@ -143,6 +144,7 @@ void search(AnyMatrix values, nb::object importance, Matrix<const float> fractio
     a.fractions = fractions.data(), a.midpoints = fractions.data() + a.steps;
     a.scale = scale.data(), a.zero_point = zero_point.data();
     a.bits = bits, a.span = span, a.symmetric = symmetric;
+    a.power = power == 2.0 ? Power::two : power == 2.5 ? Power::two_and_a_half : Power::three;
     a.scale_dtype = dropped_bits == 0 ? Dtype::f32 : dropped_bits == 16 ? Dtype::bf16 : Dtype::f16;
     a.smallest = dropped_bits == 13 ? 0x1p-14f : std::numeric_limits<float>::min();
     a.largest = dropped_bits == 13 ? 65504.0f : dropped_bits == 16 ? 0x1.fep127f : std::numeric_limits<float>::max();
@@ -217,7 +219,8 @@ NB_MODULE(_native, m) {
           at("level"));
     m.def("min_max", &min_max, at("values"), at("lowest"), at("highest"), at("group_size"), at("threads"), at("level"));
     m.def("search", &search, at("values"), at("importance").none(), at("fractions"), at("scale"), at("zero_point"),
-          at("group_size"), at("bits"), at("span"), at("symmetric"), at("dropped_bits"), at("threads"), at("level"));
+          at("group_size"), at("bits"), at("span"), at("symmetric"), at("power"), at("dropped_bits"), at("threads"),
+          at("level"));
     m.def("gptq", &gptq, at("work"), at("factor"), at("scale"), at("zero_point"), at("code"), at("error"), at("bits"),
           at("threads"), at("level"));
     m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),

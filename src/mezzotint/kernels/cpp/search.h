@@ -1,4 +1,4 @@
-// The range of each group with the least squared error, out of a list of candidates.
+// The range of each group with the least error, out of a list of candidates.
 
 // To a scale that scale_dtype holds: round to nearest even in the integer picture of the float, which is right because
 // the smallest scale is a normal number.
@@ -20,10 +20,29 @@ static inline float rint_scalar(float x) {
     return (x + magic) - magic;
 }
 
-// Sums of importance * (code - zero_point - value * (1 / scale))^2 for `count` zero points: the squared error over
-// scale^2. The reciprocal, half the time of a division, can move a code only where both neighbours are equally near.
-template <bool weighted, int count>
-static inline void squared_errors(const float* values, const float* importance, std::int64_t padded, float scale,
+// |e|^power; a power of 2.5 takes a square root, which is exact to the last bit as products are.
+template <Power power>
+static inline Lanes raised(Lanes e) {
+    const Lanes square = e * e;
+    if constexpr (power == Power::two) return square;
+    const Lanes size = max(e, splat(0.0f) - e);
+    return square * (power == Power::three ? size : square_root(size));
+}
+
+// The same of a scale, in double, because the square of a small one is no float any more; where a root would not be
+// exact, the square of the error, which orders candidates alike.
+template <Power power>
+static inline double error_of(float sum, float scale) {
+    const double total = static_cast<double>(sum), s = static_cast<double>(scale);
+    if constexpr (power == Power::two) return total * (s * s);
+    if constexpr (power == Power::three) return total * (s * s * s);
+    return (total * (s * s)) * (total * (s * s)) * s;
+}
+
+// Sums of importance * |code - zero_point - value * (1 / scale)|^power for `count` zero points: the error over
+// scale^power. The reciprocal, half the time of a division, can move a code only where both neighbours are equally near.
+template <Power power, bool weighted, int count>
+static inline void errors_of(const float* values, const float* importance, std::int64_t padded, float scale,
                                   const float* zero_points, float top, float* sums) {
     const Lanes inv_scale = splat(1.0f / scale);
     Lanes low[count], high[count], total[count];
@@ -36,9 +55,9 @@ static inline void squared_errors(const float* values, const float* importance, 
         const Lanes x = load(values + j) * inv_scale, whole = rint(x);
         for (int z = 0; z < count; ++z) {
             const Lanes e = min(max(whole, low[z]), high[z]) - x;
-            Lanes square = e * e;
-            if constexpr (weighted) square = square * load(importance + j);
-            total[z] = total[z] + square;
+            Lanes error = raised<power>(e);
+            if constexpr (weighted) error = error * load(importance + j);
+            total[z] = total[z] + error;
         }
     }
     for (int z = 0; z < count; ++z) sums[z] = sum(total[z]);
@@ -49,15 +68,14 @@ struct Best {
     float scale, zero_point;
 };
 
-template <bool weighted, int count>
+template <Power power, bool weighted, int count>
 static inline void consider(const SearchArgs& a, const float* values, const float* importance, float scale,
                             const float* zero_points, Best& best) {
     float sums[count];
     const float top = static_cast<float>((1 << a.bits) - 1);
-    squared_errors<weighted, count>(values, importance, a.padded, scale, zero_points, top, sums);
+    errors_of<power, weighted, count>(values, importance, a.padded, scale, zero_points, top, sums);
     for (int z = 0; z < count; ++z) {
-        // In double, because the square of a small scale is no float any more.
-        const double error = static_cast<double>(sums[z]) * (static_cast<double>(scale) * static_cast<double>(scale));
+        const double error = error_of<power>(sums[z], scale);
         if (error < best.error) best = {error, scale, zero_points[z]};
     }
 }
@@ -78,7 +96,7 @@ static Best full_range(const SearchArgs& a, float low, float high) {
     return {0.0, stored_scale(below > above ? below : above, a), half};
 }
 
-template <bool weighted>
+template <Power power, bool weighted>
 static Best search_asymmetric(const SearchArgs& a, const float* values, const float* importance, float low, float high,
                               float* scales) {
     const float top = static_cast<float>((1 << a.bits) - 1);
@@ -91,21 +109,21 @@ static Best search_asymmetric(const SearchArgs& a, const float* values, const fl
         const float c = centres[i];
         int d = 1;
         if (a.span == 0) {
-            consider<weighted, 1>(a, values, importance, scales[i], &c, best);
+            consider<power, weighted, 1>(a, values, importance, scales[i], &c, best);
         } else {
             const float three[3] = {c, clamp_code(c - 1.0f, top), clamp_code(c + 1.0f, top)};
-            consider<weighted, 3>(a, values, importance, scales[i], three, best);
+            consider<power, weighted, 3>(a, values, importance, scales[i], three, best);
             d = 2;
         }
         for (; d <= a.span; ++d) {
             const float two[2] = {clamp_code(c - static_cast<float>(d), top), clamp_code(c + static_cast<float>(d), top)};
-            consider<weighted, 2>(a, values, importance, scales[i], two, best);
+            consider<power, weighted, 2>(a, values, importance, scales[i], two, best);
         }
     }
     return best;
 }
 
-template <bool weighted>
+template <Power power, bool weighted>
 static Best search_symmetric(const SearchArgs& a, const float* values, const float* importance, float low, float high,
                              float* scales) {
     const float half = static_cast<float>(1 << (a.bits - 1)), extreme = 0.0f - low > high ? 0.0f - low : high;
@@ -114,13 +132,13 @@ static Best search_symmetric(const SearchArgs& a, const float* values, const flo
     for (std::int64_t i = 0; i < a.steps; ++i) between[i] = stored_scale(a.midpoints[i] * extreme / (half - 0.5f), a);
     Best best = {__builtin_inf(), scales[0], half};
     for (std::int64_t i = 0; i < a.steps; ++i) {
-        consider<weighted, 1>(a, values, importance, scales[i], &half, best);
-        consider<weighted, 1>(a, values, importance, between[i], &half, best);
+        consider<power, weighted, 1>(a, values, importance, scales[i], &half, best);
+        consider<power, weighted, 1>(a, values, importance, between[i], &half, best);
     }
     return best;
 }
 
-template <Dtype dtype>
+template <Dtype dtype, Power power>
 static void search_rows(const SearchArgs& a, Rows rows, float* scratch) {
     typedef typename Element<dtype>::type T;
     float* values = scratch;  // [padded]: one group as floats; zeros behind its end decode to themselves and cost nothing
@@ -146,11 +164,11 @@ static void search_rows(const SearchArgs& a, Rows rows, float* scratch) {
             } else if (a.steps == 0) {
                 best = full_range(a, low, high);
             } else if (a.symmetric) {
-                best = importance ? search_symmetric<true>(a, values, importance, low, high, scales)
-                                  : search_symmetric<false>(a, values, importance, low, high, scales);
+                best = importance ? search_symmetric<power, true>(a, values, importance, low, high, scales)
+                                  : search_symmetric<power, false>(a, values, importance, low, high, scales);
             } else {
-                best = importance ? search_asymmetric<true>(a, values, importance, low, high, scales)
-                                  : search_asymmetric<false>(a, values, importance, low, high, scales);
+                best = importance ? search_asymmetric<power, true>(a, values, importance, low, high, scales)
+                                  : search_asymmetric<power, false>(a, values, importance, low, high, scales);
             }
             a.scale[at] = best.scale;
             a.zero_point[at] = best.zero_point;
@@ -158,10 +176,19 @@ static void search_rows(const SearchArgs& a, Rows rows, float* scratch) {
     }
 }
 
-static void search(const SearchArgs& a, Rows rows, float* scratch) {
+template <Power power>
+static void search_of(const SearchArgs& a, Rows rows, float* scratch) {
     switch (a.dtype) {
-        case Dtype::f32: return search_rows<Dtype::f32>(a, rows, scratch);
-        case Dtype::bf16: return search_rows<Dtype::bf16>(a, rows, scratch);
-        case Dtype::f16: return search_rows<Dtype::f16>(a, rows, scratch);
+        case Dtype::f32: return search_rows<Dtype::f32, power>(a, rows, scratch);
+        case Dtype::bf16: return search_rows<Dtype::bf16, power>(a, rows, scratch);
+        case Dtype::f16: return search_rows<Dtype::f16, power>(a, rows, scratch);
+    }
+}
+
+static void search(const SearchArgs& a, Rows rows, float* scratch) {
+    switch (a.power) {
+        case Power::two: return search_of<Power::two>(a, rows, scratch);
+        case Power::two_and_a_half: return search_of<Power::two_and_a_half>(a, rows, scratch);
+        case Power::three: return search_of<Power::three>(a, rows, scratch);
     }
 }
