@@ -151,8 +151,9 @@ def test_every_peer_has_an_environment_and_a_worker() -> None:
 
 
 def test_the_table_has_failures_and_orders_the_rest_by_divergence() -> None:
-    def row(method: str, bits: int, **found: Any) -> dict[str, Any]:
-        return {"model": "M", "settings": {"row": {"peer": "p", "method": method, "bits": bits}}, **found}
+    def row(method: str, bits: int, processor: str = "A", **found: Any) -> dict[str, Any]:
+        settings = {"row": {"peer": "p", "method": method, "bits": bits}}
+        return {"model": "M", "settings": settings, "machine": {"processor": processor}, **found}
 
     def done(kl: float) -> dict[str, Any]:
         made = {"cpu_seconds": 10.0, "seconds": 12.0, "peak_rss_bytes": 2**30, "bits_per_weight": 3.25, "versions": {}}
@@ -162,7 +163,7 @@ def test_the_table_has_failures_and_orders_the_rest_by_divergence() -> None:
     rows = [
         row("worse", 3, **done(0.5)),
         row("crashing", 3, status="failed", message="ended with 1: no accelerator"),
-        row("better", 3, **done(0.25)),
+        row("better", 3, "B", **done(0.25)),
         row("worse", 4, **done(0.1)),
     ]
     methods = [{"peer": "p", "method": method} for method in ("worse", "crashing", "better")]
@@ -176,5 +177,7 @@ def test_the_table_has_failures_and_orders_the_rest_by_divergence() -> None:
     ]
     assert starts[0] == "### 4 bits"
     assert starts[2] == "Not measured yet: p crashing, p better."
-    assert "0.250 ± 0.010 | 30.0 | 10 | 12 | 1024 |" in starts[4]
+    assert "0.250 ± 0.010 | 30.0 | 10\\* | 1024 |" in starts[4]
+    assert "0.500 ± 0.010 | 30.0 | 10 | 1024 |" in starts[5]
+    assert "of one thread of A; with a star, of B." in lines[0]
     assert "failed: ended with 1: no accelerator" in starts[6]
