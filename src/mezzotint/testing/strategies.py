@@ -32,6 +32,7 @@ BAD_VALUES: Mapping[str, tuple] = {
     "block_size": (0, -8),
     "damping": (-1.0, float("nan")),
     "group_size": (0, -1),
+    "range_power": (1.0, 2.2, 4.0, float("nan")),
     "steps": (0, -1),
     "strength": (-0.1, 1.5),
     "states": (8, 14),
