@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import table
+from benchmarks.processors import named, seconds_of, usual_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -23,6 +24,37 @@ def ranges_of(name: str) -> str:
     settings = [r["settings"] for r in rows_of(name)]
     squared = any("grid.range_power=2" in (*s.get("common", ()), *s["row"].get("set", ())) for s in settings)
     return "Ranges of integers minimise squared errors (`grid.range_power=2`)." if squared else ""
+
+
+def recipes(page: str) -> list[str]:
+    """Our recipes, and the best other quantizer at every width; ``page`` has all of them."""
+    done = sorted((r for r in rows_of("peers") if r["status"] == "done"), key=lambda r: -r["evaluate"]["kl_nats"])
+    widths = sorted({r["settings"]["row"]["bits"] for r in done}, reverse=True)
+    ours: dict[str, dict[int, str]] = {}
+    others: dict[int, str] = {}
+    for r in done:  # the best of the others come last, and stay
+        row, e = r["settings"]["row"], r["evaluate"]
+        loss = f"{e['kl_nats']:.3f} ({e['perplexity']:.1f}"
+        if row["peer"] == "mezzotint":
+            ours.setdefault(f"`{row['method']}`", {})[row["bits"]] = f"{loss})"
+        else:
+            others[row["bits"]] = f"{loss}, {row['method']} of {row['peer']})"
+    stored = {
+        r["settings"]["row"]["bits"]: r["quantize"]["bits_per_weight"]
+        for r in done
+        if r["settings"]["row"]["peer"] == "mezzotint"
+    }
+    heads = " | ".join(f"{bits} bits ({stored[bits]:.2f} stored)" for bits in widths)
+    lines = [f"| recipe | {heads} |", "|---" * (len(widths) + 1) + "|"]
+    for name, found in {**ours, "best of other quantizers": others}.items():
+        lines.append(f"| {name} | {' | '.join(found.get(bits, '') for bits in widths)} |")
+    before = done[0]["evaluate"]["reference_perplexity"]
+    heading = (
+        f"{done[0]['model']}, groups of 64, calibrated on 32 x 512 tokens of Wikipedia: KL from the original in nats\n"
+        f"a token, and perplexity ({before:.1f} before) on 16 x 1024 tokens of the WikiText-2 test set\n"
+        f"([all quantizers]({page}), `python -m benchmarks.peers`):"
+    )
+    return [heading, "", *lines]
 
 
 def quality() -> list[str]:
@@ -193,23 +225,49 @@ def bases_short() -> list[str]:
     return [heading, ranges_of("basis_short"), "", *lines]
 
 
-def corrections() -> list[str]:
+def corrections(suite: str, heading: str) -> list[str]:
     """Methods of correction with everything else held fixed, on two texts; nothing while it has not been run."""
-    rows = rows_of("ablation")
+    rows = rows_of(suite)
     if not rows:
         return []
-    texts = list(rows[0]["evaluate"])
-    heads = " | ".join(f"KL, {text}" for text in texts)
-    lines = [f"| bits | scales | recipe | stored | {heads} |", "|---" * (4 + len(texts)) + "|"]
+    losses = " | ".join(f"KL, {text} | perplexity" for text in rows[0]["evaluate"])
+    heads = f"| bits | scales | recipe | stored | {losses} | seconds of processor | peak memory, MiB |"
+    lines, usual = [heads, "|---" * (heads.count("|") - 1) + "|"], usual_of(rows)
+    first = next(iter(rows[0]["evaluate"]))
+    rows.sort(key=lambda r: (-r["settings"]["row"]["bits"], scales_of(r), r["evaluate"][first]["kl_nats"]))
     for r in rows:
-        row = r["settings"]["row"]
-        size = next(s.split("=")[1] for s in row["set"] if s.startswith("grid.group_size="))
-        scales = "a row" if size == "null" else f"groups of {size}"
-        losses = " | ".join(f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f}" for e in r["evaluate"].values())
-        stored = r["quantize"]["bits_per_weight"]
-        lines.append(f"| {row['bits']} | {scales} | {row['name']} | {stored:.2f} | {losses} |")
-    heading = "Corrections with everything else held fixed, calibrated on Wikipedia (`python -m benchmarks ablation`):"
-    return [heading, ranges_of("ablation"), "", *lines]
+        made = r["quantize"]
+        found = " | ".join(
+            f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}" for e in r["evaluate"].values()
+        )
+        row = f"{r['settings']['row']['bits']} | {scales_of(r)} | {r['settings']['row']['name']}"
+        costs = f"{seconds_of(r, usual)} | {made['peak_rss_bytes'] / 2**20:.0f}"
+        lines.append(f"| {row} | {made['bits_per_weight']:.2f} | {found} | {costs} |")
+    return [f"{heading} Seconds are of {named(rows)}", ranges_of(suite), "", *lines]
+
+
+def scales_of(result: dict[str, Any]) -> str:
+    """What shares a scale."""
+    size = next(s.split("=")[1] for s in result["settings"]["row"]["set"] if s.startswith("grid.group_size="))
+    return "a row" if size == "null" else f"groups of {size}"
+
+
+def all_corrections() -> list[list[str]]:
+    """Those of every calibration and size that was run."""
+    blocks = (
+        corrections(
+            "ablation",
+            "SmolLM2-135M-Instruct, calibrated on 32 x 512 tokens of Wikipedia, measured on 16 x 1024 of WikiText-2\n"
+            "and of C4 (`python -m benchmarks ablation`).",
+        ),
+        corrections("ablation-c4", "The same, calibrated on C4 (`python -m benchmarks ablation --protocol c4`)."),
+        corrections(
+            "full",
+            "Calibrated on 64 x 1024 tokens of Wikipedia, measured on 40 x 2048 of each text\n"
+            "(`python -m benchmarks full`).",
+        ),
+    )
+    return [block for block in blocks if block]
 
 
 def screened() -> list[str]:
@@ -405,8 +463,8 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
     """The tables of every page."""
     docs = ROOT / "docs"
     return {
-        ROOT / "README.md": (quality(), trellises(), generation(), costs()),
-        docs / "propagation.md": (screened(), corrections()),
+        ROOT / "README.md": (recipes("docs/peers.md"), generation(), costs()),
+        docs / "propagation.md": (screened(), *all_corrections()),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(), latencies()),
         docs / "submodules.md": (submodules(), submodules_short()),
@@ -414,7 +472,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
         docs / "engines.md": (engines(),),
         docs / "gguf.md": (gguf_files(), gguf_matrices()),
         docs / "peers.md": table.blocks(),
-        docs / "choose.md": (quality(), corrections(), trellises(), generation(), costs()),
+        docs / "choose.md": (recipes("peers.md"), quality(), trellises(), generation(), costs()),
     }
 
 

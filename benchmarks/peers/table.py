@@ -2,9 +2,10 @@
 
 import json
 import tomllib
-from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processors import named, seconds_of, usual_of
 
 HERE = Path(__file__).resolve().parent
 HEADING = (
@@ -22,8 +23,7 @@ def line(result: dict[str, Any], usual: str) -> str:
         return f"| {who} | {row['method']} | | failed: {result['message']} | | | |"
     e, q = result["evaluate"], result["quantize"]
     quality = f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}"
-    star = "" if result["machine"]["processor"] == usual else "\\*"
-    cost = f"{q['cpu_seconds']:.0f}{star} | {q['peak_rss_bytes'] / 2**20:.0f}"
+    cost = f"{seconds_of(result, usual)} | {q['peak_rss_bytes'] / 2**20:.0f}"
     return f"| {who} | {row['method']} | {q['bits_per_weight']:.3f} | {quality} | {cost} |"
 
 
@@ -34,8 +34,7 @@ def by_divergence(result: dict[str, Any]) -> float:
 
 def measured(results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:
     """Every quantizer at every width, the failed ones too; what nobody has run yet is named."""
-    lines, processors = [], Counter(r["machine"]["processor"] for r in results)
-    usual = processors.most_common(1)[0][0]
+    lines, usual = [], usual_of(results)
     for bits in sorted(config["bits"], reverse=True):
         here = [r for r in results if r["settings"]["row"]["bits"] == bits]
         lines += ["", f"### {bits} bits"]
@@ -48,10 +47,9 @@ def measured(results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]
     heading = (
         f"{one['model']} (perplexity {original:.1f} before), the same 32 x 512 tokens of Wikipedia for all,\n"
         "measured on 16 x 1024 tokens of the WikiText-2 test set, nats a token "
-        f"(`python -m benchmarks.peers`). Seconds are of one thread of {usual}"
+        f"(`python -m benchmarks.peers`). Seconds are of one thread of {named(results)}"
     )
-    others = " or ".join(sorted(set(processors) - {usual}))
-    return [f"{heading}; with a star, of {others}." if others else f"{heading}.", *lines]
+    return [heading, *lines]
 
 
 def asked_for(results: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:
