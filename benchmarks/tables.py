@@ -32,18 +32,15 @@ def recipes(page: str) -> list[str]:
     widths = sorted({r["settings"]["row"]["bits"] for r in done}, reverse=True)
     ours: dict[str, dict[int, str]] = {}
     others: dict[int, str] = {}
+    stored: dict[int, float] = {}
     for r in done:  # the best of the others come last, and stay
         row, e = r["settings"]["row"], r["evaluate"]
         loss = f"{e['kl_nats']:.3f} ({e['perplexity']:.1f}"
         if row["peer"] == "mezzotint":
             ours.setdefault(f"`{row['method']}`", {})[row["bits"]] = f"{loss})"
+            stored[row["bits"]] = r["quantize"]["bits_per_weight"]
         else:
             others[row["bits"]] = f"{loss}, {row['method']} of {row['peer']})"
-    stored = {
-        r["settings"]["row"]["bits"]: r["quantize"]["bits_per_weight"]
-        for r in done
-        if r["settings"]["row"]["peer"] == "mezzotint"
-    }
     heads = " | ".join(f"{bits} bits ({stored[bits]:.2f} stored)" for bits in widths)
     lines = [f"| recipe | {heads} |", "|---" * (len(widths) + 1) + "|"]
     for name, found in {**ours, "best of other quantizers": others}.items():
@@ -132,6 +129,7 @@ def submodules_short() -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     rows = rows_of("lpcd_short")
+    usual = usual_of(rows)
     rows.sort(key=lambda r: ("rtn" in r["settings"]["row"]["name"], -r["evaluate"]["kl_nats"]))
     for r in rows:
         q, e = r["quantize"], r["evaluate"]
@@ -140,8 +138,7 @@ def submodules_short() -> list[str]:
             for part, losses in block["submodules"].items():
                 parts.setdefault(part, []).append(losses["after"] / losses["before"])
         ratios = ", ".join(f"{part} {statistics.geometric_mean(found):.2f}" for part, found in parts.items())
-        elsewhere = "" if r["machine"] == rows_of("lpcd_short")[0]["machine"] else "*"
-        seconds, peak = f"{q['cpu_seconds']:.0f}{elsewhere}", q["peak_rss_bytes"] / 2**20
+        seconds, peak = seconds_of(r, usual), q["peak_rss_bytes"] / 2**20
         shown = f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f} | {seconds} | {peak:.0f}"
         lines.append(f"| {r['settings']['row']['name']} | {shown} | {ratios} |")
     heading = (
