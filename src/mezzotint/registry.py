@@ -81,6 +81,7 @@ ROUNDINGS = Registry(
     },
 )
 ALLOCATIONS = Registry("allocation", {"knapsack": "mezzotint.allocation.knapsack:Knapsack"})
+CURVATURES = Registry("curvature", {"fisher": "mezzotint.core.curvature:Fisher"})
 REFINEMENTS = Registry("refinement", {"descent": "mezzotint.rounding.refine:Descent"})
 SUBMODULES = Registry("submodules", {"lpcd": "mezzotint.submodules.lpcd:Lpcd"})
 COMPENSATIONS = Registry("compensation", {"lora": "mezzotint.submodules.lora:Lora"})

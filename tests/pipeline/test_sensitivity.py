@@ -14,10 +14,11 @@ from mezzotint.allocation.sensitivity import Sensitivity
 from mezzotint.calibration import Windows, consecutive_windows, load_tokenizer, read_text
 from mezzotint.errors import CalibrationError, ConfigError, NonFiniteError
 from mezzotint.models import Source, open_model
-from mezzotint.pipeline import borders, sensitivity
+from mezzotint.pipeline import backward, borders
+from mezzotint.pipeline.backward import sampled
 from mezzotint.pipeline.borders import Borders
 from mezzotint.pipeline.noise import noise_insertion
-from mezzotint.pipeline.sensitivity import measure_sensitivity, sampled
+from mezzotint.pipeline.sensitivity import measure_sensitivity
 from pipeline.runs import TEXT, TINY_LLAMA, assert_same_bits, stock
 
 Folder = Callable[[str], Path]
@@ -45,7 +46,7 @@ class Labels:
             self.drawn.append(sampled(*args))
             return self.drawn[-1]
 
-        monkeypatch.setattr(sensitivity, "sampled", watched)
+        monkeypatch.setattr(backward, "sampled", watched)
 
 
 def explicit(model: nn.Module, source: Source, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:

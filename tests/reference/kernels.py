@@ -82,6 +82,55 @@ def gptq(work, factor, scale, zero_point, bits):
     return code, error, work
 
 
+def gptq_joint(work, factor, scale, zero_point, bits, curvature):
+    """The same where each row is rounded from what is best for its block, given the errors of the rows before it.
+
+    ``curvature`` is one square for each block. What is best for the rows that are left, were they free, solves a system
+    of their own part of it.
+    """
+    work = work.copy()
+    rows, k = work.shape
+    size = curvature.shape[1]
+    code, error, before = np.zeros((rows, k)), np.zeros((rows, k)), work.copy()
+    for j in range(k):
+        missed = np.zeros(rows)
+        for r in range(rows):
+            first = r // size * size
+            end = min(first + size, rows)
+            a = curvature[r // size][: end - first, : end - first]
+            here = r - first
+            if here:
+                best = -np.linalg.solve(a[here:, here:], a[here:, :here] @ missed[first:r])
+                before[r, j] = work[r, j] + best[0]
+            else:
+                before[r, j] = work[r, j]
+            code[r, j] = encode(before[r, j], scale[r, j], zero_point[r, j], bits)
+            missed[r] = decode(code[r, j], scale[r, j], zero_point[r, j]) - work[r, j]
+        error[:, j] = -missed / factor[j, j]
+        work[:, j + 1 :] -= np.outer(error[:, j], factor[j, j + 1 :])
+    return code, error, before
+
+
+def descend_joint(value, gradient, gram, scale, zero_point, bits, curvature):
+    """Codes and values after every weight has moved to the best of its codes, rows of a column in turn.
+
+    ``gradient`` and ``curvature`` are of all rows together, ``[rows, k]`` and ``[rows, rows]``.
+    """
+    value, slope = value.copy(), gradient.copy()
+    rows, k = value.shape
+    code = np.zeros((rows, k))
+    levels = np.arange(2**bits)
+    for j in range(k):
+        for r in range(rows):
+            steps = scale[r, j] * (levels - zero_point[r, j]) - value[r, j]
+            gains = curvature[r, r] * gram[j, j] * steps**2 + 2 * slope[r, j] * steps
+            code[r, j] = np.argmin(gains) if gram[j, j] > 0 else np.argmin(np.abs(steps))
+            step = steps[int(code[r, j])]
+            value[r, j] += step
+            slope += np.outer(curvature[:, r], gram[j]) * step
+    return code, value
+
+
 def descend(value, gradient, gram, scale, zero_point, bits):
     """Code and value after every column of every row has moved to the best one of all its codes."""
     value = value.copy()

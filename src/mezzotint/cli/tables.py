@@ -99,7 +99,7 @@ def show_plan(planned: Any, console: Console) -> None:
         table.add_column(column, justify="right" if column == "bits/weight" else "left", overflow="fold")
     for names, entry in _alike(plan.entries):
         rows, columns = planned.shapes[entry.matrix]
-        stages = (entry.target, entry.grid, entry.rounding, entry.refinement)
+        stages = (entry.target, entry.grid, entry.rounding, entry.curvature, entry.refinement)
         how = ", ".join(_short(stage) for stage in stages if stage is not None)
         stored = "as below"
         if entry.because != ALLOCATED:
@@ -128,7 +128,7 @@ def _alike(entries: Any) -> list[tuple[str, Any]]:
     for e in entries:
         if e.because == ALLOCATED:  # how many bits each has is another table
             e = replace(e, grid=replace(e.grid, bits=type(e.grid)().bits))
-        groups.setdefault((e.grid, e.rounding, e.target, e.refinement, e.because), []).append(e)
+        groups.setdefault((e.grid, e.rounding, e.target, e.curvature, e.refinement, e.because), []).append(e)
     lines = []
     for members in groups.values():
         parts = dict.fromkeys(re.sub(r"^.*?\.\d+\.|\[\d+\]", "", e.matrix) for e in members)

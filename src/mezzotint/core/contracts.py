@@ -288,6 +288,18 @@ class AffineGrid(FittedGrid, Protocol):
         """The grid with other parameters, which can be stored exactly."""
         ...
 
+    def feed_(
+        self,
+        code: Tensor,
+        work: Float[Tensor, "out k"],
+        upper: Float[Tensor, "k k"],
+        columns: Int[Tensor, " k"],
+        *,
+        taken: Float[Tensor, "blocks size size"] | None = None,
+    ) -> Float[Tensor, "out k"]:
+        """As of every grid; with ``taken`` rows make up for each other too: `Curvature.feedback`."""
+        ...
+
     def descend_(
         self,
         code: Tensor,
@@ -295,6 +307,8 @@ class AffineGrid(FittedGrid, Protocol):
         gradient: Float[Tensor, "out k"],
         gram: Float[Tensor, "k k"],
         columns: Int[Tensor, " k"],
+        *,
+        curvature: Float[Tensor, "blocks size size"] | None = None,
     ) -> None:
         """Move columns to their best codes in turn: `mezzotint.kernels.descend_block_`. Modifies code and value."""
         ...
@@ -334,7 +348,7 @@ class Refinement(Protocol):
         quadratic: Quadratic,
         round_on: Callable[[FittedGrid], Rounded],
     ) -> Rounded:
-        """A result whose quadratic is at most that of ``rounded``, row by row.
+        """A result whose quadratic is at most that of ``rounded``, row by row or block by block of its curvature.
 
         ``round_on`` rounds the target again, in the same way, on another grid.
         """

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.contracts import Bits, Grid, QuantizedWeight, Refinement, Rounding, Target, Transform
+from mezzotint.core.curvature import Fisher
 from mezzotint.core.structure import Matrix, ModelMap
 
 
@@ -39,6 +40,7 @@ class Entry:
     transform: Transform | None
     grid: Grid
     rounding: Rounding
+    curvature: Fisher | None
     refinement: Refinement | None
     bits: Bits
     because: str

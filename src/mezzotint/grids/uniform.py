@@ -206,10 +206,12 @@ class FittedUniform:
         work: Float[Tensor, "out k"],
         upper: Float[Tensor, "k k"],
         columns: Int[Tensor, " k"],
+        *,
+        taken: Float[Tensor, "blocks size size"] | None = None,
     ) -> Float[Tensor, "out k"]:
         """`feed_tiles_` for this grid, in one call of the compiled kernel."""
         scale, zero_point = self._of_columns(columns)
-        piece, error = kernels.gptq_block_(work, upper, scale, zero_point, self.grid.bits)
+        piece, error = kernels.gptq_block_(work, upper, scale, zero_point, self.grid.bits, taken=taken)
         code.index_copy_(1, columns, piece)
         return error
 
@@ -253,10 +255,14 @@ class FittedUniform:
         gradient: Float[Tensor, "out k"],
         gram: Float[Tensor, "k k"],
         columns: Int[Tensor, " k"],
+        *,
+        curvature: Float[Tensor, "blocks size size"] | None = None,
     ) -> None:
         """Move columns to their best codes in turn, in one call of the compiled kernel."""
         scale, zero_point = self._of_columns(columns)
-        piece = kernels.descend_block_(value, gradient, gram, scale, zero_point, bits=self.grid.bits)
+        piece = kernels.descend_block_(
+            value, gradient, gram, scale, zero_point, bits=self.grid.bits, curvature=curvature
+        )
         code.index_copy_(1, columns, piece)
 
     def take_rows(self, rows: slice) -> "FittedUniform":

@@ -6,6 +6,7 @@ from torch import Tensor
 from mezzotint.errors import ConfigError
 from mezzotint.kernels import _native
 
+_LANES = 16
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -99,3 +100,19 @@ def check_group_shape(name: str, tensor: Tensor, rows: int, groups: int) -> None
     """
     if tuple(tensor.shape) != (rows, groups):
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; these groups need ({rows}, {groups}).")
+
+
+def check_blocks(between: Tensor, rows: int) -> None:
+    """Refuses squares between the rows of blocks that are not those of so many rows.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    blocks, size, _ = between.shape
+    if size % _LANES or blocks != -(-rows // size):
+        raise ConfigError(f"{blocks} blocks of {size} are not those of {rows} rows, or no multiple of {_LANES}.")
+
+
+def as_squares(between: Tensor | None) -> Tensor | None:
+    """Squares between the rows of blocks, one below the other, as the C++ kernels want them."""
+    return None if between is None else as_float32(between).flatten(0, 1)

@@ -215,16 +215,42 @@ def gptq_block_(
     scale: Float[Tensor, "rows k"],
     zero_point: Float[Tensor, "rows k"],
     bits: int,
+    *,
+    taken: Float[Tensor, "blocks size size"] | None = None,
 ) -> tuple[UInt8[Tensor, "rows k"], Float[Tensor, "rows k"]]:
     """Modifies `work`; see `mezzotint.kernels.gptq_block_`."""
     factor, scale, zero_point = (t.to(work.dtype) for t in (factor, scale, zero_point))
     code, error = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     for j in range(work.shape[1]):
-        chosen = _encode(work[:, j], scale[:, j], zero_point[:, j], bits)
+        wish = work[:, j] if taken is None else _joint_wish(work[:, j], scale[:, j], zero_point[:, j], bits, taken)
+        chosen = _encode(wish, scale[:, j], zero_point[:, j], bits)
         error[:, j] = (work[:, j] - scale[:, j] * (chosen - zero_point[:, j])) / factor[j, j]
         code[:, j] = chosen.to(torch.uint8)
+        work[:, j] = wish
         work[:, j + 1 :] -= error[:, j, None] * factor[j, j + 1 :]
     return code, error
+
+
+def _joint_wish(
+    value: Float[Tensor, " rows"],
+    scale: Float[Tensor, " rows"],
+    zero_point: Float[Tensor, " rows"],
+    bits: int,
+    taken: Float[Tensor, "blocks size size"],
+) -> Float[Tensor, " rows"]:
+    """What the rows of a column are rounded from, each less what it takes of the errors before it in its block."""
+    (value_, scale, zero_point), taken = _in_blocks(taken, value, scale, zero_point), taken.to(value.dtype)
+    wish = value_.clone()
+    for i in range(taken.shape[1]):
+        now = scale[:, i] * (_encode(wish[:, i], scale[:, i], zero_point[:, i], bits) - zero_point[:, i])
+        wish -= (now - value_[:, i])[:, None] * taken[:, i]
+    return wish.flatten()[: len(value)]
+
+
+def _in_blocks(between: Float[Tensor, "blocks size size"], *columns: Float[Tensor, " rows"]) -> list[Tensor]:
+    """Columns as ``[blocks, size]``; rows behind the end are ones."""
+    blocks, size, _ = between.shape
+    return [torch.nn.functional.pad(c, (0, blocks * size - len(c)), value=1.0).view(blocks, size) for c in columns]
 
 
 def descend_block_(
@@ -235,19 +261,46 @@ def descend_block_(
     zero_point: Float[Tensor, "rows k"],
     *,
     bits: int,
+    curvature: Float[Tensor, "blocks size size"] | None = None,
 ) -> UInt8[Tensor, "rows k"]:
     """Modifies `value`; see `mezzotint.kernels.descend_block_`."""
     gradient = gradient.to(value.dtype).clone()
     gram, scale, zero_point = (t.to(value.dtype) for t in (gram, scale, zero_point))
     code = torch.empty_like(value, dtype=torch.uint8)
     for j in range(value.shape[1]):
-        ideal = value[:, j] - gradient[:, j] / gram[j, j] if gram[j, j] > 0 else value[:, j]
-        chosen = _encode(ideal, scale[:, j], zero_point[:, j], bits)
-        now = scale[:, j] * (chosen - zero_point[:, j])
-        gradient[:, j + 1 :] += (now - value[:, j])[:, None] * gram[j, j + 1 :]
-        value[:, j] = now
+        column = value[:, j], gradient[:, j], scale[:, j], zero_point[:, j]
+        if curvature is None:
+            ideal = column[0] - column[1] / gram[j, j] if gram[j, j] > 0 else column[0]
+            chosen = _encode(ideal, scale[:, j], zero_point[:, j], bits)
+            change = scale[:, j] * (chosen - zero_point[:, j]) - value[:, j]
+        else:
+            chosen, change = _joint_descent(column, gram[j, j], bits, curvature.to(value.dtype))
+        gradient[:, j + 1 :] += change[:, None] * gram[j, j + 1 :]
+        value[:, j] = scale[:, j] * (chosen - zero_point[:, j])
         code[:, j] = chosen.to(torch.uint8)
     return code
+
+
+def _joint_descent(
+    column: tuple[Float[Tensor, " rows"], ...], spread: Float[Tensor, ""], bits: int, curvature: Float[Tensor, "b s s"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Codes of a column, chosen row by row, and what their changes come to in every row of their block.
+
+    ``column`` is value, gradient, scale and zero point.
+    """
+    count, like = len(column[0]), column[0]
+    value, slope, scale, zero_point = _in_blocks(curvature, *column)
+    slope, chosen, change = slope.clone(), torch.empty_like(value), torch.zeros_like(value)
+    real = _in_blocks(curvature, torch.zeros_like(like))[0] == 0
+    for i in range(curvature.shape[1]):
+        bend = torch.where(real[:, i], curvature[:, i, i], 1.0) * spread
+        ideal = value[:, i] - slope[:, i] / bend if spread > 0 else value[:, i]
+        chosen[:, i] = _encode(ideal, scale[:, i], zero_point[:, i], bits)
+        step = scale[:, i] * (chosen[:, i] - zero_point[:, i]) - value[:, i]
+        given = torch.where(real[:, i], step, 0.0)[:, None] * curvature[:, i]
+        change += given
+        slope += given * spread
+    return chosen.flatten()[:count], change.flatten()[:count]
 
 
 def hadamard(values: Float[Tensor, "rows n"], block: int) -> Float[Tensor, "rows n"]:

@@ -13,7 +13,7 @@ from mezzotint.errors import NonFiniteError
 from mezzotint.evaluation import chunks
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import Call, through
-from mezzotint.pipeline.costs import LOGIT_BYTES
+from mezzotint.pipeline.memory import LOGIT_BYTES
 from mezzotint.pipeline.residency import Store
 from mezzotint.pipeline.streams import surroundings
 

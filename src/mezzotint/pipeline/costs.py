@@ -11,12 +11,19 @@ from mezzotint.core.files import Entry
 from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
-from mezzotint.pipeline.memory import BASE_BYTES, Phases, Tokens, phases, unbounded, windows_of_batches
+from mezzotint.pipeline.memory import (
+    BASE_BYTES,
+    Phases,
+    Tokens,
+    curvature_tokens,
+    phases,
+    unbounded,
+    windows_of_batches,
+)
 from mezzotint.pipeline.ranks import dealt
 
 START_SECONDS = 2.0  # opening, planning, writing
 SAMPLING_BYTES = 1.8  # the whole model and its KV cache, as a multiple of the checkpoint
-LOGIT_BYTES = 256 * 2**20  # of logits and what is computed from them, at a time
 _OF_DEVICE = 0.9  # of what is free on a GPU: libraries and pieces between tensors take the rest
 _SAMPLING = 4  # a token sampled one by one costs so many of those that run side by side
 
@@ -102,7 +109,7 @@ def estimate(
         stream_bytes=room,
         keep_runs=keep_runs,
         panels=panels,
-        flops=_flops(source, entries, 0 if tokens is None else tokens.total, sampled=sampled, ranks=ranks),
+        flops=_flops(source, entries, tokens, sampled=sampled, ranks=ranks),
     )
 
 
@@ -152,8 +159,10 @@ def _stored(source: Source) -> int:
     return sum(tensor.nbytes for tensor in source.checkpoint.tensors.values())
 
 
-def _flops(source: Source, entries: Sequence[Entry], tokens: int, *, sampled: bool, ranks: int) -> float:
+def _flops(source: Source, entries: Sequence[Entry], given: Tokens | None, *, sampled: bool, ranks: int) -> float:
     matrices = source.map.matrices
+    tokens = 0 if given is None else given.total
+    backward = 0 if given is None else curvature_tokens(entries, given.seqlen)
     weights = sum(
         matrices[name].shape[0] * matrices[name].shape[1]
         for block in source.map.blocks
@@ -165,7 +174,9 @@ def _flops(source: Source, entries: Sequence[Entry], tokens: int, *, sampled: bo
     forward = 2 * tokens * weights * (1 + both + _SAMPLING * sampled)
     grams = sum(2 * tokens * m.shape[1] ** 2 for m in solved) / 2
     rounding = sum(2 * m.shape[0] * m.shape[1] ** 2 for m in solved)
-    return float(forward + grams + rounding / ranks)
+    # forward, and forward and backward again, without gradients of weights
+    curvature = 6 * backward * weights
+    return float(forward + grams + rounding / ranks + curvature)
 
 
 def flops_per_second(device: str, precision: str) -> float:

@@ -7,8 +7,10 @@ from tempfile import TemporaryDirectory
 
 from mezzotint.errors import ConfigError
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
+from mezzotint.pipeline.curvature import planned_curvature, reader_of
 from mezzotint.pipeline.plan import make_plan
 from mezzotint.pipeline.request import Request
+from mezzotint.pipeline.saved import Saved, save
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.sweep import BlockRecord, Sweep
@@ -74,7 +76,17 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
         assert planned.calibration is not None
         windows = calibration_windows(source, planned.calibration, request, lambda *_: None)
         streams = calibrated_streams(source, planned, entries, windows, Path(folder))
-        solver = Solver({e.matrix: e for e in entries}, sink=lambda *_: None, notify=notify, seed=request.seed)
+        curvature = None
+        if any(entry.curvature is not None for entry in entries):
+            index = save(Path(folder) / "curvature.bin", planned_curvature(source, planned, windows))
+            curvature = reader_of(Saved(Path(folder), [index]), request.device)
+        solver = Solver(
+            {e.matrix: e for e in entries},
+            sink=lambda *_: None,
+            notify=notify,
+            seed=request.seed,
+            curvature=curvature,
+        )
         sweep = Sweep(source, entries, streams, solver=solver, notify=notify, device=request.device, to_the_end=True)
         try:
             sweep.run()

@@ -90,6 +90,8 @@ def _check_stages(entry: Entry, path: Path) -> None:
         "compensation": entry.compensation,
     }
     wanting = [f"{stage} {value.kind!r}" for stage, value in stages.items() if value is not None and value.needs]
+    if entry.curvature is not None:
+        wanting.append(f"curvature {entry.curvature.kind!r}")
     if entry.refinement is not None:
         wanting.append(f"refinement {entry.refinement.kind!r}")
     if entry.basis is not None and entry.grid.needs:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from mezzotint.core import panels as squares
 from mezzotint.core.contracts import Block
 from mezzotint.core.files import Entry
+from mezzotint.evaluation.divergence import LOGIT_COPIES
 from mezzotint.models import Source
 from mezzotint.submodules.scores import KEPT
 
@@ -25,6 +26,7 @@ _SOLVING = 6  # copies of a matrix: target, work, values, codes, cross term, ori
 _REFINING = 4  # more of them
 _RELAXING = 5  # copies of a matrix while a submodule is optimised: vectors of conjugate gradients
 _SLOPES = 16  # of a batch's activations meanwhile, one that is held out included; measured on SmolLM2
+LOGIT_BYTES = 256 * 2**20  # of logits and what is computed from them, at a time
 _FRAGMENTED = 1.25  # what the allocator holds over what is in use, where it may keep what was freed
 
 
@@ -103,6 +105,8 @@ def phases(
         embedding = _numel(source, source.map.embedding)
         stored = max(t.dtype.itemsize for t in source.checkpoint.tensors.values())
         found.add(Phases(fixed=BASE_BYTES + embedding * (_FLOAT + stored)))
+        if any(entry.curvature is not None for entry in entries):
+            found.update(_backward(source, entries, tokens, stored))
         for block in source.map.blocks:
             if any(name in by_name and by_name[name].needs for group in block.groups for name in group.matrices):
                 found.update(_block(source, block, by_name, tokens, panels=panels))
@@ -189,6 +193,34 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
         found.add(Phases(fixed=measuring, spilled=behind + here, **held))
         found.add(Phases(fixed=solving, spilled=behind, **held))
     return found
+
+
+def _backward(source: Source, entries: Sequence[Entry], tokens: Tokens, stored: int) -> set[Phases]:
+    """The way back through the model, which the curvature in outputs is measured on."""
+    matrices, text = source.map.matrices, source.config.get_text_config()
+    seen = curvature_tokens(entries, tokens.seqlen)
+    states = (len(source.map.blocks) + 1) * seen * text.hidden_size * _FLOAT
+    logits = 2 * min(LOGIT_BYTES, LOGIT_COPIES * tokens.seqlen * text.vocab_size * _FLOAT)  # their gradients too
+    around = [source.map.embedding]
+    if source.map.head is not None and matrices[source.map.head].tied_to is None:
+        around.append(source.map.head)
+    embedding = sum(_numel(source, name) for name in around) * _FLOAT + _numel(source, around[0]) * stored
+    found = {Phases(fixed=BASE_BYTES + embedding + logits, spilled=states)}
+    sizes = {entry.matrix: entry.curvature.block_size for entry in entries if entry.curvature is not None}
+    for block in source.map.blocks:
+        names = [name for group in block.groups for name in group.matrices]
+        widest = max(max(matrices[name].shape) for name in names)
+        sums = sum(matrices[name].shape[0] * sizes[name] for name in names if name in sizes)
+        graph = _SLOPES * tokens.seqlen * widest
+        weights = sum(_numel(source, name) for name in names)
+        found.add(Phases(fixed=BASE_BYTES + (weights + sums + graph) * _FLOAT, spilled=states))
+    return found
+
+
+def curvature_tokens(entries: Sequence[Entry], seqlen: int) -> int:
+    """That the curvature in outputs is measured on, in whole windows; 0 where nothing asks for it."""
+    asked = max((entry.curvature.tokens for entry in entries if entry.curvature is not None), default=0)
+    return -(-asked // seqlen) * seqlen
 
 
 class _Square:

@@ -187,6 +187,7 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 transform=stages.transform,
                 grid=grid,
                 rounding=stages.rounding,
+                curvature=None if block is None or matrix.expert is not None else stages.curvature,
                 refinement=stages.refinement,
                 bits=grid.stored_bits(matrix.shape),  # the rest depends on the format
                 because=because,
@@ -220,6 +221,7 @@ def lookup_stages(grid: Grid) -> Stages:
         transform=TRANSFORMS["hadamard"](sides="input"),
         grid=grid,
         rounding=ROUNDINGS["nearest"](),
+        curvature=None,
         refinement=None,
         embeddings=None,
         allocation=None,
@@ -274,9 +276,24 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
+    if stages.curvature is not None:
+        _check_curvature(matrix, stages)
     reason = None if stages.refinement is None else stages.refinement.refuses(stages.grid)
     if stages.refinement is not None and reason is not None:
         raise ConfigError(f"{matrix}: refinement {stages.refinement.kind!r} {reason}. Use refinement.kind=none.")
+
+
+def _check_curvature(matrix: str, stages: Stages) -> None:
+    """Refuse what knows nothing of the curvature in outputs, or changes what outputs are."""
+    reason = None
+    if stages.rounding.kind != "gptq":
+        reason = f"is for rounding.kind=gptq, and this one is {stages.rounding.kind!r}"
+    elif not isinstance(stages.grid, UniformGrid):
+        reason = f"is for grids of kind uniform, not {stages.grid.kind!r}"
+    elif stages.transform is not None:
+        reason = f"is measured on the model as it is, and transform {stages.transform.kind!r} changes it"
+    if reason is not None:
+        raise ConfigError(f"{matrix}: curvature 'fisher' {reason}. Use curvature.kind=none.")
 
 
 def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
@@ -344,7 +361,7 @@ def _precision(source: Source, request: Request) -> str:
 
 
 def _stages_of(entry: Entry) -> tuple[object, ...]:
-    first = (entry.target, entry.transform, entry.grid, entry.rounding, entry.refinement)
+    first = (entry.target, entry.transform, entry.grid, entry.rounding, entry.curvature, entry.refinement)
     return (*first, entry.submodules, entry.compensation)
 
 

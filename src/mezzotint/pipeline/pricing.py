@@ -259,7 +259,13 @@ def price(
     # weights stay what they are, so both streams are the same and no drift is needed
     entries = [
         replace(
-            entry, target=WeightTarget(), transform=entry.basis, refinement=None, submodules=None, compensation=None
+            entry,
+            target=WeightTarget(),
+            transform=entry.basis,
+            curvature=None,
+            refinement=None,
+            submodules=None,
+            compensation=None,
         )
         for entry in planned.plan.entries
     ]

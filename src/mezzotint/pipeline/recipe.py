@@ -14,12 +14,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.core.contracts import Grid, Refinement, Rounding, Target, Transform
+from mezzotint.core.curvature import Fisher
 from mezzotint.core.files import Compensation, Submodules
 from mezzotint.errors import ConfigError, unknown
 from mezzotint.pipeline.settings import Settings, build, with_setting
 from mezzotint.registry import (
     ALLOCATIONS,
     COMPENSATIONS,
+    CURVATURES,
     GRIDS,
     REFINEMENTS,
     ROUNDINGS,
@@ -34,6 +36,7 @@ STAGES = (
     "transform",
     "grid",
     "rounding",
+    "curvature",
     "refinement",
     "embeddings",
     "submodules",
@@ -88,6 +91,7 @@ class Recipe(BaseModel):
     transform: dict[str, Any] = {"kind": "none"}
     grid: dict[str, Any] = {"kind": "uniform"}
     rounding: dict[str, Any] = {"kind": "gptq"}
+    curvature: dict[str, Any] = {"kind": "none"}
     refinement: dict[str, Any] = {"kind": "none"}
     embeddings: dict[str, Any] = {"kind": "none"}
     allocation: dict[str, Any] = {"kind": "none"}
@@ -132,6 +136,7 @@ class Recipe(BaseModel):
             transform=_optional("transform", settings["transform"], TRANSFORMS),
             grid=build("grid", settings["grid"], GRIDS),
             rounding=build("rounding", settings["rounding"], ROUNDINGS),
+            curvature=_optional("curvature", settings["curvature"], CURVATURES),
             refinement=_optional("refinement", settings["refinement"], REFINEMENTS),
             embeddings=_optional("embeddings", settings["embeddings"], GRIDS),
             allocation=_optional("allocation", settings["allocation"], ALLOCATIONS),
@@ -176,6 +181,7 @@ class Stages:
     transform: Transform | None
     grid: Grid
     rounding: Rounding
+    curvature: Fisher | None
     refinement: Refinement | None
     embeddings: Grid | None
     allocation: Knapsack | None

@@ -37,6 +37,7 @@ def plan_json(planned: Planned) -> dict[str, Any]:
                 "transform": None if e.transform is None else stage(e.transform),
                 "grid": stage(e.grid),
                 "rounding": stage(e.rounding),
+                "curvature": None if e.curvature is None else stage(e.curvature),
                 "refinement": None if e.refinement is None else stage(e.refinement),
                 "bits_per_weight": e.bits.total / (planned.shapes[e.matrix][0] * planned.shapes[e.matrix][1]),
                 "because": e.because,

@@ -67,6 +67,7 @@ class Work:
         self._state: dict[str, Any] = {
             "identity": identity,
             "windows": None,
+            "curvature": None,
             "streams": [],
             "values": [],
             "adapter": [],
@@ -115,6 +116,17 @@ class Work:
     def windows(self) -> Saved | None:
         """Calibration text of the earlier process."""
         return Saved(self.folder, [self._state["windows"]]) if self._state["windows"] else None
+
+    @property
+    def curvature(self) -> Saved | None:
+        """Of the outputs of matrices, where it was measured."""
+        return Saved(self.folder, [self._state["curvature"]]) if self._state["curvature"] else None
+
+    def keep_curvature(self, measure: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        """Keep what the first rank measures, for all; an earlier process may have done it."""
+        if self._state["curvature"] is None:
+            path = self.folder / "curvature.bin"
+            self._state["curvature"] = self.ranks.told(save(path, measure()) if self.ranks.first else None)
 
     @property
     def streams(self) -> Saved | None:
@@ -195,9 +207,8 @@ class Work:
                 path.unlink()
 
     def _files(self) -> Iterable[Index]:
-        windows = self._state["windows"]
         return [
-            *([windows] if windows else []),
+            *(self._state[kind] for kind in ("windows", "curvature") if self._state[kind]),
             *(i for kind in ("streams", "values", "adapter") for i in self._state[kind]),
         ]
 

@@ -18,6 +18,7 @@ from mezzotint.pipeline.adapter import FOLDER, Adapter
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.card import write_card
 from mezzotint.pipeline.costs import CalibrationPlan
+from mezzotint.pipeline.curvature import planned_curvature, reader_of
 from mezzotint.pipeline.memory import return_freed_memory
 from mezzotint.pipeline.output import Elsewhere, Output
 from mezzotint.pipeline.plan import Planned, make_plan
@@ -169,6 +170,7 @@ class _Run:
         if self._ranks.first:
             output = Output(self._source, self._planned, self._folder, resume=resumed, journal_bytes=journal_bytes)
         try:
+            self._measure(windows)
             self._begin(output)
             streams = self._streams(windows)
             self._clock.mark("calibration")
@@ -228,6 +230,19 @@ class _Run:
         self._work.keep_windows(_tensors_of(windows), windows.source)
         return windows
 
+    def _measure(self, windows: Windows | None) -> None:
+        """The curvature of the loss in the outputs of matrices, if anything needs it; the first rank measures."""
+        if windows is None or not any(entry.curvature is not None for entry in self._planned.plan.entries):
+            return
+        self._work.keep_curvature(
+            lambda: planned_curvature(
+                self._source,
+                self._planned,
+                windows,
+                progress=lambda done, total: self._tell(Progress(stage="curvature", done=done, total=total)),
+            )
+        )
+
     def _streams(self, windows: Windows | None) -> Streams | None:
         """Both streams where the run stands; None where it needs none, or no longer."""
         saved = self._work.streams
@@ -254,12 +269,14 @@ class _Run:
             spent=self._meet,
         )
         entries, request, notify = self._planned.plan.entries, self._planned.request, self._notifier()
+        saved = self._work.curvature
         solver = Solver(
             {entry.matrix: entry for entry in entries},
             sink=output.put,
             notify=notify,
             seed=request.seed,
             ranks=self._ranks,
+            curvature=None if saved is None else reader_of(saved, request.device),
         )
         try:
             Sweep(

@@ -2,25 +2,22 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mezzotint.allocation.sensitivity import Sensitivity
 from mezzotint.calibration import Windows
 from mezzotint.core.contracts import Block, Matrix
-from mezzotint.core.metrics import token_nll
-from mezzotint.errors import CalibrationError, NonFiniteError
 from mezzotint.evaluation import standard_error
 from mezzotint.models import Source
 from mezzotint.models.experts import taken_apart
+from mezzotint.pipeline.backward import Backward
 from mezzotint.pipeline.borders import Borders
-from mezzotint.pipeline.capture import Bypass
 from mezzotint.pipeline.residency import Budget, Store
-from mezzotint.pipeline.streams import surroundings
 
 
 def measure_sensitivity(
@@ -92,8 +89,7 @@ def measure_sensitivity(
         store = Store(Budget(memory), Path(folder))
         try:
             borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
-            with torch.enable_grad():
-                return _Backward(borders, seed, diagonal).run(step)
+            return _Backward(borders, seed, diagonal).run(step)
         finally:
             store.close()
 
@@ -142,10 +138,8 @@ class _Sums:
         )
 
 
-class _Backward:
-    """The way back, from labels to the embedding.
-
-    What `Borders` keeps at a border, the hidden states of each window, is replaced by the gradient in them on the way.
+class _Backward(Backward):
+    """The sums of squared gradients on the way back.
 
     Args:
         borders: after the forward pass.
@@ -154,101 +148,80 @@ class _Backward:
     """
 
     def __init__(self, borders: Borders, seed: int, diagonal: bool) -> None:
-        self._borders = borders
-        self._source = borders.source
-        self._seed = seed
+        super().__init__(borders, seed)
         self._diagonal = diagonal
         self._sums: dict[str, _Sums] = {}
-        self._window = 0
-        structure = self._source.map
+        structure = self.source.map
         self._embedding = structure.matrices[structure.embedding]
         self._head = None if structure.head is None else structure.matrices[structure.head]
         self._tied = self._head is not None and self._head.tied_to is not None
-        self._counts = [sum(map(len, borders.scored(window))) for window in range(len(borders))]
-        if not sum(self._counts):
-            raise CalibrationError("no window has two tokens in a row, so nothing is predicted. Give longer windows.")
 
     def run(self, step: Callable[[], None]) -> Mapping[str, Sensitivity]:
         """Everything, from back to front; the result is in the order in which it runs."""
-        self._through_head()
+        self.through_head()
         step()
-        for block in reversed(self._source.map.blocks):
-            self._through_block(block)
+        for block in reversed(self.source.map.blocks):
+            self.through_block(block)
             step()
         self._through_embedding()
         step()
-        order = [name for name in self._source.map.matrices if name in self._sums]
-        return {name: self._sums[name].result(self._counts) for name in order}
+        order = [name for name in self.source.map.matrices if name in self._sums]
+        return {name: self._sums[name].result(self.counts) for name in order}
 
-    def _through_head(self) -> None:
-        """From labels drawn from the model's own predictions to the last block's output."""
-        with self._surroundings(head=True) as bypass:
-            weight = None if self._head is None else self._source.skeleton.get_parameter(self._head.parameter)
-            matrix = self._embedding if self._tied else self._head  # what is shared goes by its owner's name
-            if matrix is not None and weight is not None:
-                weight.requires_grad_(True)
-                self._start(matrix, weight.detach())
-            for window in range(len(self._borders)):
-                tokens = self._borders.tokens(window)
-                hidden = self._borders.pop(self._borders.last, window).detach().requires_grad_(True)
-                hidden.grad = torch.zeros_like(hidden)
-                # drawn for all positions at once, so that chunks do not show in the labels
-                generator = torch.Generator().manual_seed(self._seed + window)
-                uniform = torch.rand(tokens.shape[1], generator=generator, dtype=torch.float64).to(hidden.device)
-                for positions in self._borders.scored(window):
-                    logits = bypass.logits(tokens, hidden, positions)[0]
-                    labels = sampled(logits.detach(), uniform[positions])
-                    token_nll(logits, labels).sum().backward()
-                self._keep(self._borders.last, window, hidden.grad)
-                if matrix is not None and weight is not None and weight.grad is not None:
-                    gradient, weight.grad = weight.grad, None
-                    self._add(matrix, window, gradient)
-                    if self._tied:
-                        self._borders.put(self._borders.last + 1, window, gradient[tokens.unique()])
+    @contextmanager
+    def watched_head(self) -> Iterator[None]:
+        """The head's weight has a gradient; what is shared goes by its owner's name."""
+        if self._head is not None:
+            weight = self.source.skeleton.get_parameter(self._head.parameter)
+            weight.requires_grad_(True)
+            self._start(self._embedding if self._tied else self._head, weight.detach())
+        yield
 
-    def _through_block(self, block: Block) -> None:
-        """From a block's output to its input."""
-        with self._borders.filled(block) as module, self._watched(block):
-            for window in range(len(self._borders)):
-                hidden = self._borders.get(block.index, window).detach().requires_grad_(True)
-                gradient = self._borders.pop(block.index + 1, window)
-                self._window = window
-                torch.autograd.backward(self._borders.through(module, block, window, hidden), gradient)
-                assert hidden.grad is not None
-                self._keep(block.index, window, hidden.grad)
+    def head_done(self) -> None:
+        """Add the gradient of the head's weight, and keep it for the embedding where they are one."""
+        if self._head is None:
+            return
+        weight = self.source.skeleton.get_parameter(self._head.parameter)
+        if weight.grad is None:
+            return
+        gradient, weight.grad = weight.grad, None
+        self._add(self._embedding if self._tied else self._head, self.window, gradient)
+        if self._tied:
+            tokens = self.borders.tokens(self.window)
+            self.borders.put(self.borders.last + 1, self.window, gradient[tokens.unique()])
 
     def _through_embedding(self) -> None:
         """From the first block's input to the table that tokens are looked up in."""
         name = self._embedding.name
-        with self._surroundings(head=False) as bypass:
-            table = self._source.skeleton.get_parameter(self._embedding.parameter)
+        with self.surroundings(head=False) as bypass, torch.enable_grad():
+            table = self.source.skeleton.get_parameter(self._embedding.parameter)
             table.requires_grad_(True)
             if not self._tied:
                 self._start(self._embedding, table.detach())
-            for window in range(len(self._borders)):
-                tokens = self._borders.tokens(window)
-                hidden, _ = bypass.record(tokens, self._borders.mask(window))
-                torch.autograd.backward(hidden, self._borders.pop(0, window))
+            for window in range(len(self.borders)):
+                tokens = self.borders.tokens(window)
+                hidden, _ = bypass.record(tokens, self.borders.mask(window))
+                torch.autograd.backward(hidden, self.borders.pop(0, window))
                 assert table.grad is not None
                 used = tokens.unique()
                 gradient, table.grad = table.grad[used], None
                 self._sums[name].add(window, gradient, gradient, at=used)
-                if self._tied and self._counts[window]:
+                if self._tied and self.counts[window]:
                     # |A + B|^2 = |A|^2 + |B|^2 + 2 A B; the first was added with the head
-                    other = self._borders.pop(self._borders.last + 1, window)
+                    other = self.borders.pop(self.borders.last + 1, window)
                     self._sums[name].add(window, 2 * other, gradient, at=used)
 
     @contextmanager
-    def _watched(self, block: Block) -> Iterator[None]:
+    def watched(self, block: Block) -> Iterator[None]:
         """Add up what arrives at the block's matrices, and forget each gradient at once."""
         by_parameter: dict[str, list[Matrix]] = {}
         for name in (name for group in block.groups for name in group.matrices):
-            matrix = self._source.map.matrices[name]
+            matrix = self.source.map.matrices[name]
             by_parameter.setdefault(matrix.parameter, []).append(matrix)
         with ExitStack() as stack:
             for name, matrices in by_parameter.items():
                 path, _, attribute = name.rpartition(".")
-                owner = self._source.skeleton.get_submodule(path)
+                owner = self.source.skeleton.get_submodule(path)
                 if matrices[0].expert is None and self._diagonal:
                     self._watch_sides(matrices[0], owner, stack)
                     continue
@@ -267,7 +240,7 @@ class _Backward:
 
         def ran(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach().flatten(0, -2)
-            output.register_hook(lambda g: self._sums[matrix.name].add_sides(self._window, g.flatten(0, -2), x))
+            output.register_hook(lambda g: self._sums[matrix.name].add_sides(self.window, g.flatten(0, -2), x))
 
         stack.callback(module.register_forward_hook(ran).remove)
 
@@ -279,40 +252,16 @@ class _Backward:
         def arrived(leaf: Tensor) -> None:
             assert leaf.grad is not None
             gradient, leaf.grad = leaf.grad, None
-            self._add(matrix, self._window, gradient)
+            self._add(matrix, self.window, gradient)
 
         stack.callback(leaf.register_post_accumulate_grad_hook(arrived).remove)
 
     def _start(self, matrix: Matrix, piece: Tensor) -> None:
-        self._sums[matrix.name] = _Sums(_oriented(matrix, piece), len(self._borders))
+        self._sums[matrix.name] = _Sums(_oriented(matrix, piece), len(self.borders))
 
     def _add(self, matrix: Matrix, window: int, gradient: Tensor) -> None:
         oriented = _oriented(matrix, gradient)
         self._sums[matrix.name].add(window, oriented, oriented)
-
-    def _keep(self, border: int, window: int, gradient: Tensor) -> None:
-        if not torch.isfinite(gradient).all():
-            raise NonFiniteError(
-                f"the gradient before block {border} of {self._source.folder.name!r} is NaN or infinite in "
-                f"{self._borders.dtype}; check the original with `mezzotint evaluate`."
-            )
-        self._borders.put(border, window, gradient)
-
-    def _surroundings(self, *, head: bool) -> AbstractContextManager[Bypass]:
-        borders = self._borders
-        return surroundings(self._source, head=head, dtype=borders.dtype, device=borders.device)
-
-
-def sampled(
-    logits: Float[Tensor, "positions vocab"], uniform: Float[Tensor, " positions"]
-) -> Int[Tensor, " positions"]:
-    """One label for each position, where its uniform number falls in the cumulated probabilities.
-
-    Logits that differ by a rounding may give another label. It is as good a draw as the other.
-    """
-    cumulated = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    found = torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True)
-    return found.squeeze(1).clamp_max(logits.shape[1] - 1)
 
 
 def _oriented(matrix: Matrix, piece: Tensor) -> Tensor:

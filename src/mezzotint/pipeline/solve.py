@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Aim, Basis, Matrix, Quadratic, QuantizedWeight, Rounded, Transform
+from mezzotint.core.curvature import Curvature
 from mezzotint.core.files import Entry
 from mezzotint.core.metrics import h_energies, relative
 from mezzotint.core.statistics import Statistics, padded
@@ -103,6 +104,7 @@ class Solver:
         notify: told of every record.
         seed: of random bases.
         ranks: that share the rows.
+        curvature: gives that of a matrix whose entry wants it, as it was measured.
 
     Attributes:
         notes: what was decided before about a matrix, for its record.
@@ -116,12 +118,14 @@ class Solver:
         notify: Callable[[MatrixRecord], None],
         seed: int,
         ranks: Ranks = ALONE,
+        curvature: Callable[[Matrix], Curvature] | None = None,
     ) -> None:
         self._ranks = ranks
         self._entries = entries
         self._sink = sink
         self._notify = notify
         self._seed = seed
+        self._curvature = curvature
         self.notes: dict[str, Mapping[str, float | str]] = {}
 
     def solve(
@@ -215,6 +219,7 @@ class Solver:
         started = time.perf_counter()
         entry, judge, held_out = self._entries[matrix.name], None, known.held_out
         share = self._share(entry, matrix)
+        curvature = self._of_outputs(entry, matrix, share)
         if turned is None:
             # what is decided by all rows, or relaxed later, is aimed at by all ranks, and only then divided
             whole = entry.target.decides or not entry.grid.rowwise or entry.submodules is not None
@@ -228,9 +233,9 @@ class Solver:
         if entry.refinement is not None and held_out is not None and held_out.tokens > 0:
             own = _of_rows(held_out, share.rows)
             assert own is not None
-            judge = quadratic_of(weight[share.rows].to(turned.aim.matrix.dtype), own)
+            judge = quadratic_of(weight[share.rows].to(turned.aim.matrix.dtype), own, curvature=curvature)
         try:
-            result, decisions = quantized(entry, matrix.shape, turned, judge, share)
+            result, decisions = quantized(entry, matrix.shape, turned, judge, share, curvature=curvature)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -250,11 +255,26 @@ class Solver:
         """The rows of a matrix that this rank rounds."""
         if entry.basis is not None and entry.refinement is not None:
             return WHOLE  # what refinement is judged by, in the original basis, depends on all rows in this one
+        if entry.curvature is not None:
+            return self._ranks.share(matrix.shape[0], entry.curvature.block_size)
         return self._ranks.share(matrix.shape[0], entry.grid.multiple[0] if entry.grid.pads else entry.grid.tile[0])
+
+    def _of_outputs(self, entry: Entry, matrix: Matrix, share: Share) -> Curvature | None:
+        """What was measured of the rows of a share, on the device of the streams."""
+        if entry.curvature is None:
+            return None
+        assert self._curvature is not None
+        return self._curvature(matrix).damped(entry.curvature.damping).take_rows(share.rows)
 
 
 def quantized(
-    entry: Entry, shape: tuple[int, int], turned: _Turned, judge: Quadratic | None, share: Share
+    entry: Entry,
+    shape: tuple[int, int],
+    turned: _Turned,
+    judge: Quadratic | None,
+    share: Share,
+    *,
+    curvature: Curvature | None = None,
 ) -> tuple[QuantizedWeight, dict[str, float | str]]:
     """Basis, padding, grid, rounding and refinement of one aim; what they made, and what they decided.
 
@@ -264,6 +284,7 @@ def quantized(
         turned: the aim, of all rows or of those of the share.
         judge: of the rows of the share, for the refinement.
         share: rows to round here; the others come from their ranks.
+        curvature: of the outputs that are the rows of the share.
     """
     aim, basis, statistics, rows = turned
     if basis is not None:
@@ -281,6 +302,7 @@ def quantized(
     if rows != share.rows:
         grid, statistics = grid.take_rows(share.rows), _of_rows(statistics, share.rows)
         aim = replace(aim, matrix=aim.matrix[share.rows])
+    aim = replace(aim, curvature=curvature)
     rounded = entry.rounding.round(aim, grid, statistics)
     decisions = dict(rounded.decisions)
     if entry.refinement is not None and statistics is not None:
@@ -316,7 +338,8 @@ def refined(
     if judge is None:
         return rounded, "refused: nothing is held out to judge it on"
     cross = aim.matrix @ fit.gram.to(aim.matrix.dtype)
-    near = Quadratic(gram=fit.gram, cross=cross, const=(cross * aim.matrix).sum(-1))
+    own = cross if aim.curvature is None else aim.curvature.mixed(cross)
+    near = Quadratic(gram=fit.gram, cross=cross, const=(own * aim.matrix).sum(-1), curvature=aim.curvature)
     better = entry.refinement.refine(rounded, aim.matrix, near, lambda grid: entry.rounding.round(aim, grid, fit))
     if judge(better) < judge(rounded):
         return better, "accepted"

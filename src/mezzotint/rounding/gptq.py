@@ -1,11 +1,15 @@
 """GPTQ, which is LDLQ: round columns in turn and let later columns make up for each error."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from mezzotint.core.contracts import Aim, FittedGrid, Rounded
+from mezzotint.core.contracts import AffineGrid, Aim, FittedGrid, Rounded
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
 from mezzotint.rounding.feedback import check_settings, finished
@@ -34,10 +38,12 @@ class Gptq:
         check_settings(self.damping, self.block_size)
 
     def round(self, aim: Aim, grid: FittedGrid, fit: Statistics | None) -> Rounded:
-        """Codes that keep ``tr((V - T) H (V - T)')`` small.
+        """Codes that keep ``tr(A (V - T) H (V - T)')`` small, ``A`` the aim's curvature, or 1 without any.
+
+        With a curvature the rows of a block make up for each other too, column by column (YAQA, arXiv 2505.22988).
 
         Raises:
-            ConfigError: there are no statistics.
+            ConfigError: there are no statistics, or a curvature and a grid of another kind than uniform.
             NotPositiveDefiniteError: the Hessian cannot be factored with any damping.
         """
         if fit is None:
@@ -48,14 +54,32 @@ class Gptq:
         width = aim.matrix.shape[1]
         columns = factor.columns
         work = aim.matrix.index_select(1, columns)
-        code = grid.new_code()
+        feed, turned, rows = grid.feed_, grid, None
+        if aim.curvature is not None:
+            rows, taken = aim.curvature.feedback()
+            turned, feed = _by_rows(grid, rows, taken)
+            work = work.index_select(0, rows)
+        code = turned.new_code()
         step = max(tile, self.block_size // tile * tile)
         for start in range(0, width, step):
             end = min(start + step, width)
             piece = work[:, start:end].contiguous()
-            error = grid.feed_(code, piece, upper[start:end, start:end].contiguous(), columns[start:end])
+            error = feed(code, piece, upper[start:end, start:end].contiguous(), columns[start:end])
             work[:, start:end] = piece
             work[:, end:].addmm_(error, upper[start:end, end:], alpha=-1)
         before = torch.empty_like(work)
         before.index_copy_(1, columns, work)
+        if rows is not None:
+            back = rows.argsort()
+            code, before = code[back], before[back]
         return finished(code, grid, before, factor=factor, damping=self.damping)
+
+
+def _by_rows(
+    grid: FittedGrid, rows: Int[Tensor, " out"], taken: Float[Tensor, "blocks size size"]
+) -> tuple[FittedGrid, Callable[..., Tensor]]:
+    """The grid of rows in another order, and how it is fed with what they take of each other's errors."""
+    if not isinstance(grid, AffineGrid):
+        raise ConfigError(f"curvature is for uniform grids, not for {grid.grid.kind!r}; set curvature.kind=none.")
+    turned = grid.with_parameters(grid.scale[rows], grid.zero_point[rows])
+    return turned, partial(turned.feed_, taken=taken)

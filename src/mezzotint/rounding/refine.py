@@ -9,11 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.contracts import AffineGrid, FittedGrid, Grid, Quadratic, Rounded
+from mezzotint.core.curvature import Curvature
 from mezzotint.core.panels import in_memory
 from mezzotint.errors import ConfigError
 from mezzotint.grids.uniform import UniformGrid
 
 Start = Literal["nearest", "clipped", "refitted"]
+
+_Pair = tuple[Tensor, Tensor]
+_Three = tuple[Tensor, Tensor, Tensor]
 
 _BLOCK = 128
 _CLIPPED = (0.9, 0.8)
@@ -25,7 +29,8 @@ class Descent:
 
     Each pass visits every column once: with all else fixed, the best value of weight j is ``v_j - r_j / G_jj`` with the
     gradient ``r = V G - C``, and rounding it to the grid never raises the quadratic. Then each group's scale and zero
-    point are refitted to its codes and kept where they lower it.
+    point are refitted to its codes and kept where they lower it. Where the loss has a curvature in outputs, rows share
+    a quadratic, and each moves as those of its block that went before have left it.
 
     Attributes:
         passes: sweeps over all columns.
@@ -59,7 +64,7 @@ class Descent:
         quadratic: Quadratic,
         round_on: Callable[[FittedGrid], Rounded],
     ) -> Rounded:
-        """Codes and grid with a quadratic that is at most that of ``rounded``, row by row up to rounding.
+        """Codes and grid with a quadratic that is at most that of ``rounded``, by rows or blocks, up to rounding.
 
         Raises:
             ConfigError: the grid has no scales and zero points to refit.
@@ -92,11 +97,14 @@ class Descent:
 
 
 def best_rows(found: Sequence[Rounded], quadratic: Quadratic) -> Rounded:
-    """Of each row the one with the lowest quadratic; on the same kind of affine grid, with codes ``[out, in]``."""
+    """Of each row, or block of rows that share a quadratic, the one with the lowest.
+
+    All are on the same kind of affine grid, with codes ``[out, in]``.
+    """
     best = found[0]
-    least = quadratic.value(best.value)
+    least = _losses(best.value, quadratic)
     for other in found[1:]:
-        loss = quadratic.value(other.value)
+        loss = _losses(other.value, quadratic)
         better = (loss < least)[:, None]
         least = torch.minimum(loss, least)
         grid, others = best.grid, other.grid
@@ -112,6 +120,12 @@ def best_rows(found: Sequence[Rounded], quadratic: Quadratic) -> Rounded:
     return best
 
 
+def _losses(value: Tensor, quadratic: Quadratic) -> Float[Tensor, " out"]:
+    """What each row can be chosen by."""
+    loss = quadratic.value(value)
+    return loss if quadratic.curvature is None else quadratic.curvature.shared(loss)
+
+
 def descend_codes(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     """One pass over all columns, every weight to the best code while the others stay.
 
@@ -122,16 +136,18 @@ def descend_codes(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     assert isinstance(grid, AffineGrid)
     gram = in_memory(quadratic.gram).to(rounded.value.dtype)
     value, code = rounded.value.clone(), rounded.code.clone()
-    gradient = value @ gram - quadratic.cross
+    gradient = quadratic.mixed(value @ gram - quadratic.cross)
+    curvature = None if quadratic.curvature is None else quadratic.curvature.blocks
     width = value.shape[1]
     for start in range(0, width, _BLOCK):
         block = slice(start, min(start + _BLOCK, width))
         before = value[:, block].clone()
         now = value[:, block].contiguous()
         columns = torch.arange(block.start, block.stop, device=code.device)
-        grid.descend_(code, now, gradient[:, block].contiguous(), gram[block, block].contiguous(), columns)
+        slope = gradient[:, block].contiguous()
+        grid.descend_(code, now, slope, gram[block, block].contiguous(), columns, curvature=curvature)
         value[:, block] = now
-        gradient.addmm_(now - before, gram[block])
+        gradient.addmm_(quadratic.mixed(now - before), gram[block])
     return replace(rounded, code=code, value=value, before=None)
 
 
@@ -140,35 +156,74 @@ def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
 
     With ``c`` the group's codes less its zero point and ``r`` the gradient: ``s <- s - r c' / (c G c')``, rounded to
     its storage dtype; and the zero point moves by the whole number nearest to ``r 1' / (1 G 1') / s``. Either is kept
-    per row where the quadratic falls.
+    per row where the quadratic falls. Rows that share a quadratic take turns.
     """
     grid = rounded.grid
     assert isinstance(grid, AffineGrid)
     gram = in_memory(quadratic.gram).to(rounded.value.dtype)
     value = rounded.value.clone()
     scale, zero_point = grid.scale.clone(), grid.zero_point.clone()
-    gradient = value @ gram - quadratic.cross
-    tiny = torch.finfo(value.dtype).tiny
+    gradient = quadratic.mixed(value @ gram - quadratic.cross)
     for index in range(scale.shape[1]):
         columns = slice(index * grid.group_size, min((index + 1) * grid.group_size, value.shape[1]))
-        here = slice(index, index + 1)
-        local, slope = gram[columns, columns], gradient[:, columns]
-        shape = value[:, columns] / scale[:, here]  # codes less zero point
-        turned = shape @ local
-        pull, bend = (slope * shape).sum(1, keepdim=True), (turned * shape).sum(1, keepdim=True)
-        new = grid.storable(scale[:, here] - pull / bend.clamp_min(tiny))
-        step = _kept(torch.where(new > 0, new - scale[:, here], 0.0), pull, bend)
-        scale[:, here] += step
-        change = step * shape
-        pull, bend = (slope + step * turned).sum(1, keepdim=True), local.sum()
-        wish = grid.allowed(zero_point[:, here] + pull / bend.clamp_min(tiny) / scale[:, here])
-        step = _kept(scale[:, here] * (zero_point[:, here] - wish), pull, bend)
-        zero_point[:, here] = torch.where(step == 0, zero_point[:, here], wish)
-        change += step
+        group = _Group(grid, scale[:, index], zero_point[:, index])
+        shape = value[:, columns] / group.scale[:, None]  # codes less zero point
+        turned = shape @ gram[columns, columns]
+        slope, flat = gradient[:, columns], gram[columns, columns].sum()
+        pulls = (slope * shape).sum(1), slope.sum(1)
+        bends = (turned * shape).sum(1), turned.sum(1), flat
+        if quadratic.curvature is None:
+            stretch, shift = group.step(pulls, bends)
+        else:
+            stretch, shift = group.in_turn(pulls, bends, turned, shape, quadratic.curvature)
+        change = stretch[:, None] * shape + shift[:, None]
         value[:, columns] += change
-        gradient.addmm_(change, gram[columns])
+        gradient.addmm_(quadratic.mixed(change), gram[columns])
     better = grid.with_parameters(scale, zero_point)
     return replace(rounded, grid=better, value=better.decode(rounded.code), before=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Scale and zero point of one group of columns, in every row: views that steps change.
+
+    ``pulls`` are ``r c'`` and ``r 1'`` of each row's gradient; ``bends`` are ``c G c'``, ``c G 1'`` and ``1 G 1'``.
+    """
+
+    grid: AffineGrid
+    scale: Float[Tensor, "*rows"]
+    zero_point: Float[Tensor, "*rows"]
+
+    def step(self, pulls: _Pair, bends: _Three, weight: Tensor | float = 1.0) -> _Pair:
+        """What values gain per code, and beside: each row as if it were alone, its quadratic ``weight`` times."""
+        tiny = torch.finfo(self.scale.dtype).tiny
+        bend = weight * bends[0]
+        new = self.grid.storable(self.scale - pulls[0] / bend.clamp_min(tiny))
+        stretch = _kept(torch.where(new > 0, new - self.scale, 0.0), pulls[0], bend)
+        self.scale.add_(stretch)
+        pull, bend = pulls[1] + stretch * (weight * bends[1]), weight * bends[2]
+        wish = self.grid.allowed(self.zero_point + pull / bend.clamp_min(tiny) / self.scale)
+        shift = _kept(self.scale * (self.zero_point - wish), pull, bend)
+        self.zero_point.copy_(torch.where(shift == 0, self.zero_point, wish))
+        return stretch, shift
+
+    def in_turn(self, pulls: _Pair, bends: _Three, turned: Tensor, shape: Tensor, curvature: Curvature) -> _Pair:
+        """The same where the rows of a block share a quadratic: each step counts in the pulls of the rows behind it."""
+        blocks = curvature.blocks.to(shape.dtype)
+        scale, zero_point = curvature.in_blocks(self.scale), curvature.in_blocks(self.zero_point)
+        pull, lift, own, both = (curvature.in_blocks(t) for t in (*pulls, *bends[:2]))
+        between = blocks * (curvature.in_blocks(turned) @ curvature.in_blocks(shape).mT)
+        steps = torch.zeros_like(pull), torch.zeros_like(pull)
+        for i in range(curvature.size):
+            row = _Group(self.grid, scale[:, i], zero_point[:, i])
+            stretch, shift = row.step((pull[:, i], lift[:, i]), (own[:, i], both[:, i], bends[2]), blocks[:, i, i])
+            steps[0][:, i], steps[1][:, i] = stretch, shift
+            given = blocks[:, i] * shift[:, None]
+            pull += between[:, i] * stretch[:, None] + given * both
+            lift += blocks[:, i] * (stretch * both[:, i])[:, None] + given * bends[2]
+        self.scale.copy_(curvature.in_rows(scale))
+        self.zero_point.copy_(curvature.in_rows(zero_point))
+        return curvature.in_rows(steps[0]), curvature.in_rows(steps[1])
 
 
 def _kept(step: Tensor, slope: Tensor, spread: Tensor) -> Tensor:

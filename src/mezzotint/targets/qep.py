@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.contracts import Aim, Quadratic
+from mezzotint.core.curvature import Curvature
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
 
@@ -74,14 +75,19 @@ class Qep:
         return Aim(matrix=chosen, corrected=decisions["alpha"] > 0, decisions=decisions)
 
 
-def quadratic_of(weight: Float[Tensor, "out in"], s: Statistics, *, residual: bool = True) -> Quadratic:
+def quadratic_of(
+    weight: Float[Tensor, "out in"], s: Statistics, *, residual: bool = True, curvature: Curvature | None = None
+) -> Quadratic:
     """``||W X - V Xh||^2`` as a function of V, less the energy of ``W (X - Xh)``, which no V changes.
 
-    With ``residual``, where the statistics have it, the same of ``(R + W X) - (Rh + V Xh)``.
+    With ``residual``, where the statistics have it, the same of ``(R + W X) - (Rh + V Xh)``. With ``curvature`` in the
+    norm ``tr(E' A E)``.
     """
     cross = weight @ s.gram
     if s.drift is not None:
         cross.addmm_(weight, s.drift)  # not the sum first: that is another matrix as large as the Hessian
     if residual and s.residual is not None:
         cross = cross + s.residual
-    return Quadratic(gram=s.gram, cross=cross, const=((2 * cross - weight @ s.gram) * weight).sum(-1))
+    ahead = 2 * cross - weight @ s.gram
+    const = ((ahead if curvature is None else curvature.mixed(ahead)) * weight).sum(-1)
+    return Quadratic(gram=s.gram, cross=cross, const=const, curvature=curvature)

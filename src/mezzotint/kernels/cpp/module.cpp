@@ -163,37 +163,74 @@ void search(AnyMatrix values, nb::object importance, Matrix<const float> fractio
     });
 }
 
+// Blocks of rows that depend on each other, after checking that `between` is [blocks * block, block].
+std::int64_t blocks_of(const Matrix<const float>& between, std::int64_t rows) {
+    const std::int64_t block = size(between, 1);
+    require(block > 0 && block % kLanes == 0, "blocks of rows have to be a multiple of 16");
+    const std::int64_t blocks = (rows + block - 1) / block;
+    require(size(between, 0) == blocks * block, "there has to be a square for each block of rows");
+    return blocks;
+}
+
+// Roughly the nanoseconds that k columns of a row take.
+double row_cost(std::int64_t k) { return static_cast<double>(k) * (2.0 + 0.05 * static_cast<double>(k)); }
+
 void gptq(Matrix<float> work, Matrix<const float> factor, Matrix<const float> scale, Matrix<const float> zero_point,
-          Matrix<std::uint8_t> code, Matrix<float> error, int bits, int threads, const std::string& level) {
+          Matrix<std::uint8_t> code, Matrix<float> error, nb::object taken, int bits, int threads,
+          const std::string& level) {
     const Kernels& kernels = kernels_of(level);
     const std::int64_t rows = size(work, 0), k = size(work, 1);
     require(size(factor, 0) == k && size(factor, 1) == k, "factor has to be [k, k]");
     require(same_shape(work, scale) && same_shape(work, zero_point) && same_shape(work, code) && same_shape(work, error),
             "scale, zero point, code and error have to have the shape of work");
-    const GptqArgs a{work.data(), factor.data(), scale.data(), zero_point.data(), code.data(), error.data(), k, top_of(bits)};
+    GptqArgs a{work.data(), factor.data(), scale.data(), zero_point.data(), code.data(), error.data(),
+               k, top_of(bits), nullptr, rows, kLanes};
+    if (taken.is_none()) {
+        nb::gil_scoped_release release;
+        over_rows(rows, threads, row_cost(k), [&](Rows part, std::size_t) {
+            const Scratch scratch(3 * kLanes * k);
+            kernels.gptq(a, part, scratch.get());
+        });
+        return;
+    }
+    const auto between = nb::cast<Matrix<const float>>(taken, false);
+    const std::int64_t blocks = blocks_of(between, rows);
+    a.taken = between.data(), a.block = size(between, 1);
     nb::gil_scoped_release release;
-    const double cost = static_cast<double>(k) * (2.0 + 0.05 * static_cast<double>(k));
-    over_rows(rows, threads, cost, [&](Rows part, std::size_t) {
-        const Scratch scratch(3 * kLanes * k);
-        kernels.gptq(a, part, scratch.get());
+    const double cost = static_cast<double>(a.block) * (row_cost(k) + 20.0 * static_cast<double>(k));
+    over_rows(blocks, threads, cost, [&](Rows part, std::size_t) {
+        const Scratch scratch((4 * k + 1) * a.block);
+        kernels.gptq_joint(a, part, scratch.get());
     });
 }
 
 void descend(Matrix<float> value, Matrix<const float> gradient, Matrix<const float> gram, Matrix<const float> scale,
-             Matrix<const float> zero_point, Matrix<std::uint8_t> code, int bits, int threads, const std::string& level) {
+             Matrix<const float> zero_point, Matrix<std::uint8_t> code, nb::object curvature, int bits, int threads,
+             const std::string& level) {
     const Kernels& kernels = kernels_of(level);
     const std::int64_t rows = size(value, 0), k = size(value, 1);
     require(size(gram, 0) == k && size(gram, 1) == k, "gram has to be [k, k]");
     require(same_shape(value, gradient) && same_shape(value, scale) && same_shape(value, zero_point) &&
                 same_shape(value, code),
             "gradient, scale, zero point and code have to have the shape of value");
-    const DescendArgs a{value.data(), gradient.data(), gram.data(), scale.data(), zero_point.data(), code.data(), k,
-                        top_of(bits)};
+    DescendArgs a{value.data(), gradient.data(), gram.data(), scale.data(), zero_point.data(), code.data(), k,
+                  top_of(bits), nullptr, rows, kLanes};
+    if (curvature.is_none()) {
+        nb::gil_scoped_release release;
+        over_rows(rows, threads, row_cost(k), [&](Rows part, std::size_t) {
+            const Scratch scratch(5 * kLanes * k);
+            kernels.descend(a, part, scratch.get());
+        });
+        return;
+    }
+    const auto between = nb::cast<Matrix<const float>>(curvature, false);
+    const std::int64_t blocks = blocks_of(between, rows);
+    a.curvature = between.data(), a.block = size(between, 1);
     nb::gil_scoped_release release;
-    const double cost = static_cast<double>(k) * (2.0 + 0.05 * static_cast<double>(k));
-    over_rows(rows, threads, cost, [&](Rows part, std::size_t) {
-        const Scratch scratch(5 * kLanes * k);
-        kernels.descend(a, part, scratch.get());
+    const double cost = static_cast<double>(a.block) * (row_cost(k) + 30.0 * static_cast<double>(k));
+    over_rows(blocks, threads, cost, [&](Rows part, std::size_t) {
+        const Scratch scratch((5 * k + 1) * a.block);
+        kernels.descend_joint(a, part, scratch.get());
     });
 }
 
@@ -221,10 +258,10 @@ NB_MODULE(_native, m) {
     m.def("search", &search, at("values"), at("importance").none(), at("fractions"), at("scale"), at("zero_point"),
           at("group_size"), at("bits"), at("span"), at("symmetric"), at("power"), at("dropped_bits"), at("threads"),
           at("level"));
-    m.def("gptq", &gptq, at("work"), at("factor"), at("scale"), at("zero_point"), at("code"), at("error"), at("bits"),
-          at("threads"), at("level"));
+    m.def("gptq", &gptq, at("work"), at("factor"), at("scale"), at("zero_point"), at("code"), at("error"),
+          at("taken").none(), at("bits"), at("threads"), at("level"));
     m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),
-          at("bits"), at("threads"), at("level"));
+          at("curvature").none(), at("bits"), at("threads"), at("level"));
     bind_hadamard(m);
     bind_products(m);
     bind_trellis(m);
