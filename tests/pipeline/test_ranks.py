@@ -27,7 +27,7 @@ DIFFERENT = 0.02
 ERROR = 0.01  # of a block, relative
 SPLIT: dict[str, Any] = {"samples": 96, "seqlen": 64}  # two batches to fit on, and one that is held out
 RECIPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "default": ("llama", "default", SPLIT),
+    "default": ("llama", "default", {**SPLIT, "settings": {"curvature.block_size": 16}}),
     "rtn": ("llama", "rtn", {}),
     "auto": ("llama", "qep-gptq", {"settings": {"target.alpha": "auto"}}),
     "awq": ("llama", "awq", SPLIT),

@@ -15,7 +15,7 @@ import torch
 from mezzotint.errors import ConfigError, MezzotintError, OutputError, VanishedError, WriteError
 from mezzotint.formats.folder import OutputFolder
 from mezzotint.models import open_model
-from mezzotint.pipeline import calibrate, resume, saved
+from mezzotint.pipeline import calibrate, resume, run, saved
 from mezzotint.pipeline.resume import differences
 from mezzotint.pipeline.saved import Saved, save
 from mezzotint.pipeline.solve import Solver
@@ -33,7 +33,7 @@ def stop_after(count: int, model: Path, out: Path, recipe: Any = RECIPE, **optio
     """Run until so many matrices are done, those of earlier processes included."""
 
     def listener(event: Any) -> None:
-        if event.done == count:
+        if event.stage == "quantizing" and event.done == count:
             raise _StoppedError
 
     with pytest.raises(_StoppedError):
@@ -124,6 +124,7 @@ def test_twenty_kills(seed: int, overrides: dict[str, Any], tmp_path: Path) -> N
         ("gpt2", "loaq-gptq", (3, 6), {}),
         ("llama", "awq", (2, 5, 9), {}),
         ("llama", "lpcd-gptq", (3, 10), {}),
+        ("llama", "default", (5,), {"curvature.block_size": 16}),
         ("llama", "gptq", (4, 9), {"compensation.kind": "lora", "compensation.rank": 2}),
     ],
 )
@@ -171,6 +172,14 @@ def test_sampled_text_is_not_sampled_again(llama: Path, tmp_path: Path, monkeypa
     stop_after(9, llama, tmp_path / "out", **options)
     monkeypatch.setattr(calibrate, "sample_windows", None)
     quantized(llama, tmp_path / "out", RECIPE, resume=True, **options)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_the_curvature_is_not_measured_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized(llama, tmp_path / "whole", "default")
+    stop_after(9, llama, tmp_path / "out", "default")
+    monkeypatch.setattr(run, "planned_curvature", None)
+    quantized(llama, tmp_path / "out", "default", resume=True)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 

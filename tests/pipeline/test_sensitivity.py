@@ -208,7 +208,7 @@ def test_memory_chunks_and_runs_do_not_show(tiny_folder: Folder, monkeypatch: py
     noise = noise_insertion(source, windows, ["lm_head"], energy=1e-3)
     assert noise == noise_insertion(source, windows, ["lm_head"], energy=1e-3, memory=1)
     wide = measure_sensitivity(source, windows, seed=5, dtype=F64)
-    monkeypatch.setattr(borders, "LOGIT_BYTES", 3 * 5 * 4 * source.config.vocab_size)  # 3 positions
+    monkeypatch.setattr(borders, "GRADIENT_BYTES", 3 * 5 * 4 * source.config.vocab_size)  # 3 positions
     assert_same(wide, measure_sensitivity(source, windows, seed=5, dtype=F64), rtol=1e-10, atol=1e-14)
 
 

@@ -13,7 +13,7 @@ from mezzotint.errors import NonFiniteError
 from mezzotint.evaluation import chunks
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import Call, through
-from mezzotint.pipeline.memory import LOGIT_BYTES
+from mezzotint.pipeline.memory import GRADIENT_BYTES
 from mezzotint.pipeline.residency import Store
 from mezzotint.pipeline.streams import surroundings
 
@@ -85,7 +85,7 @@ class Borders:
     def scored(self, window: int) -> tuple[Int[Tensor, " positions"], ...]:
         """Positions whose next token is in the window too, none of them padding, in chunks for their logits."""
         vocabulary = self.source.config.get_text_config().vocab_size
-        pieces = chunks(self._windows.seqlen, vocabulary, LOGIT_BYTES)
+        pieces = chunks(self._windows.seqlen, vocabulary, GRADIENT_BYTES)
         if self._windows.mask is not None:
             mask = self._windows.mask[window].cpu()
             pieces = tuple(piece[mask[piece] & mask[piece + 1]] for piece in pieces)

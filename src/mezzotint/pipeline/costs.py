@@ -24,6 +24,7 @@ from mezzotint.pipeline.ranks import dealt
 
 START_SECONDS = 2.0  # opening, planning, writing
 SAMPLING_BYTES = 1.8  # the whole model and its KV cache, as a multiple of the checkpoint
+LOGIT_BYTES = 256 * 2**20  # of logits and what is computed from them, at a time
 _OF_DEVICE = 0.9  # of what is free on a GPU: libraries and pieces between tensors take the rest
 _SAMPLING = 4  # a token sampled one by one costs so many of those that run side by side
 
@@ -162,7 +163,7 @@ def _stored(source: Source) -> int:
 def _flops(source: Source, entries: Sequence[Entry], given: Tokens | None, *, sampled: bool, ranks: int) -> float:
     matrices = source.map.matrices
     tokens = 0 if given is None else given.total
-    backward = 0 if given is None else curvature_tokens(entries, given.seqlen)
+    backward = 0 if given is None else curvature_tokens(entries, given)
     weights = sum(
         matrices[name].shape[0] * matrices[name].shape[1]
         for block in source.map.blocks

@@ -17,7 +17,7 @@ from mezzotint.errors import CalibrationError, ConfigError, NonFiniteError, Writ
 from mezzotint.evaluation import Divergence, Evaluation, chunks
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.pipeline.capture import Bypass, through
-from mezzotint.pipeline.memory import LOGIT_BYTES
+from mezzotint.pipeline.costs import LOGIT_BYTES
 from mezzotint.pipeline.residency import Budget, Store
 from mezzotint.pipeline.source import open_source
 from mezzotint.pipeline.streams import Batch, batches_of, surroundings

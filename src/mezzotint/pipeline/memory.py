@@ -26,7 +26,7 @@ _SOLVING = 6  # copies of a matrix: target, work, values, codes, cross term, ori
 _REFINING = 4  # more of them
 _RELAXING = 5  # copies of a matrix while a submodule is optimised: vectors of conjugate gradients
 _SLOPES = 16  # of a batch's activations meanwhile, one that is held out included; measured on SmolLM2
-LOGIT_BYTES = 256 * 2**20  # of logits and what is computed from them, at a time
+GRADIENT_BYTES = 64 * 2**20  # of logits that gradients are taken of, at a time, and as much again of gradients
 _FRAGMENTED = 1.25  # what the allocator holds over what is in use, where it may keep what was freed
 
 
@@ -198,9 +198,9 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
 def _backward(source: Source, entries: Sequence[Entry], tokens: Tokens, stored: int) -> set[Phases]:
     """The way back through the model, which the curvature in outputs is measured on."""
     matrices, text = source.map.matrices, source.config.get_text_config()
-    seen = curvature_tokens(entries, tokens.seqlen)
+    seen = curvature_tokens(entries, tokens)
     states = (len(source.map.blocks) + 1) * seen * text.hidden_size * _FLOAT
-    logits = 2 * min(LOGIT_BYTES, LOGIT_COPIES * tokens.seqlen * text.vocab_size * _FLOAT)  # their gradients too
+    logits = 2 * min(GRADIENT_BYTES, LOGIT_COPIES * tokens.seqlen * text.vocab_size * _FLOAT)
     around = [source.map.embedding]
     if source.map.head is not None and matrices[source.map.head].tied_to is None:
         around.append(source.map.head)
@@ -217,10 +217,10 @@ def _backward(source: Source, entries: Sequence[Entry], tokens: Tokens, stored: 
     return found
 
 
-def curvature_tokens(entries: Sequence[Entry], seqlen: int) -> int:
+def curvature_tokens(entries: Sequence[Entry], tokens: Tokens) -> int:
     """That the curvature in outputs is measured on, in whole windows; 0 where nothing asks for it."""
     asked = max((entry.curvature.tokens for entry in entries if entry.curvature is not None), default=0)
-    return -(-asked // seqlen) * seqlen
+    return min(-(-asked // tokens.seqlen) * tokens.seqlen, tokens.total)
 
 
 class _Square:
