@@ -29,6 +29,7 @@ def measure_curvature(
     *,
     device: str = "cpu",
     memory: int | None = None,
+    folder: Path | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] = lambda *_: None,
@@ -44,6 +45,7 @@ def measure_curvature(
         windows: the first of them, as many as make the tokens that are asked for.
         device: where blocks run.
         memory: bytes of hidden states that may be held; more is spilled to a temporary file.
+        folder: of that file; None is the system's.
         seed: of the labels.
         dtype: in which everything runs, float32 or wider.
         progress: told of steps done, and of how many there are.
@@ -62,8 +64,8 @@ def measure_curvature(
         done += 1
         progress(done, total)
 
-    with tempfile.TemporaryDirectory(prefix="mezzotint-") as folder:
-        store = Store(Budget(memory), Path(folder))
+    with tempfile.TemporaryDirectory(prefix="mezzotint-", dir=folder) as spilled:
+        store = Store(Budget(memory), Path(spilled))
         try:
             some = windows_for(windows, tokens)
             gradients = _Gradients(
@@ -80,7 +82,12 @@ def measure_curvature(
 
 
 def planned_curvature(
-    source: Source, planned: Planned, windows: Windows, *, progress: Callable[[int, int], None] = lambda *_: None
+    source: Source,
+    planned: Planned,
+    windows: Windows,
+    *,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[tuple[str, Float[Tensor, "blocks size size"]]]:
     """`measure_curvature` for a plan, on the windows that its statistics are fitted on."""
     fit, _ = windows.split(seed=planned.request.seed)
@@ -91,6 +98,7 @@ def planned_curvature(
             fit,
             device=planned.request.device,
             memory=planned.costs.stream_bytes,
+            folder=folder,
             seed=planned.request.seed,
             progress=progress,
         )

@@ -78,7 +78,9 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
         streams = calibrated_streams(source, planned, entries, windows, Path(folder))
         curvature = None
         if any(entry.curvature is not None for entry in entries):
-            index = save(Path(folder) / "curvature.bin", planned_curvature(source, planned, windows))
+            index = save(
+                Path(folder) / "curvature.bin", planned_curvature(source, planned, windows, folder=Path(folder))
+            )
             curvature = reader_of(Saved(Path(folder), [index]), request.device)
         solver = Solver(
             {e.matrix: e for e in entries},

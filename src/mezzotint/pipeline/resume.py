@@ -127,6 +127,7 @@ class Work:
         if self._state["curvature"] is None:
             path = self.folder / "curvature.bin"
             self._state["curvature"] = self.ranks.told(save(path, measure()) if self.ranks.first else None)
+            self.commit(self.block)
 
     @property
     def streams(self) -> Saved | None:

@@ -170,8 +170,8 @@ class _Run:
         if self._ranks.first:
             output = Output(self._source, self._planned, self._folder, resume=resumed, journal_bytes=journal_bytes)
         try:
-            self._measure(windows)
             self._begin(output)
+            self._measure(windows)
             streams = self._streams(windows)
             self._clock.mark("calibration")
             adapter = _adapter(self._planned, self._work)
@@ -239,6 +239,7 @@ class _Run:
                 self._source,
                 self._planned,
                 windows,
+                folder=self._work.folder,
                 progress=lambda done, total: self._tell(Progress(stage="curvature", done=done, total=total)),
             )
         )
