@@ -40,12 +40,12 @@ class Entry:
     transform: Transform | None
     grid: Grid
     rounding: Rounding
-    curvature: Fisher | None
     refinement: Refinement | None
     bits: Bits
     because: str
     submodules: Submodules | None = None
     compensation: Compensation | None = None
+    curvature: Fisher | None = None
 
     @property
     def basis(self) -> Transform | None:

@@ -137,7 +137,6 @@ def _planned(folder: Path, name: str, engine: str | None, *, trust_remote_code: 
             transform=found.transform,
             grid=found.grid,
             rounding=ROUNDINGS["nearest"](),
-            curvature=None,
             refinement=None,
             bits=found.grid.stored_bits(matrix.shape),  # the rest depends on the format
             because=f"converted from {folder.name}",
