@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grids.toy_vector import ToyVectorGrid
-from mezzotint.core.contracts import Aim, Quadratic
+from mezzotint.core.contracts import Aim
 from mezzotint.core.curvature import Curvature
 from mezzotint.core.statistics import Accumulator
 from mezzotint.errors import ConfigError
@@ -162,11 +162,3 @@ def test_the_best_blocks_are_taken():
     mixed = best_rows(candidates, quadratic)
     torch.testing.assert_close(curvature.shared(quadratic.value(mixed.value)), torch.minimum(*losses))
     assert len(torch.unique((losses[0] < losses[1])[::SIZE])) == 2  # either wins somewhere
-
-
-def test_a_quadratic_without_curvature_has_the_identity():
-    weight, fit, grid, _ = problem()
-    value = grid.decode(grid.encode(weight))
-    quadratic = quadratic_of(weight, fit)
-    assert isinstance(quadratic, Quadratic)
-    torch.testing.assert_close(quadratic.gradient(value), (value - weight) @ fit.gram)

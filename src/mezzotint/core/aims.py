@@ -26,10 +26,6 @@ class Quadratic:
         """The objective per output row; with a curvature only sums over whole blocks of rows mean something."""
         return (self.mixed(v @ self.gram - 2 * self.cross) * v).sum(-1) + self.const
 
-    def gradient(self, v: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Half the slope, ``A (V gram - cross)``."""
-        return self.mixed(v @ self.gram - self.cross)
-
     def mixed(self, values: Float[Tensor, "out k"]) -> Float[Tensor, "out k"]:
         """``A values``."""
         return values if self.curvature is None else self.curvature.mixed(values)
