@@ -28,8 +28,7 @@ namespace {
 }  // namespace
 
 Kernels table() {
-    return {pack, unpack, encode, decode, min_max, search, gptq, gptq_joint, descend, descend_joint,
-            hadamard, trellis_encode, trellis_decode};
+    return {pack, unpack, encode, decode, min_max, search, gptq, descend, hadamard, trellis_encode, trellis_decode};
 }
 
 }  // namespace MEZZOTINT_LEVEL

@@ -67,8 +67,8 @@ struct GptqArgs {
     float* error;             // [rows, k]
     std::int64_t k;
     float top;
-    const float* taken;       // [blocks, block, block] (gptq_joint): [., i, l] is what row l takes of the error of row i
-    std::int64_t rows, block; // block: a multiple of 16
+    const float* taken;       // [blocks, block, block] : [., i, l] is what row l takes of the error of row i; or null
+    std::int64_t rows, block; // block: a multiple of 16; 16 where rows are independent
 };
 
 struct DescendArgs {
@@ -80,8 +80,8 @@ struct DescendArgs {
     std::uint8_t* code;       // [rows, k]
     std::int64_t k;
     float top;
-    const float* curvature;   // [blocks, block, block], symmetric (descend_joint)
-    std::int64_t rows, block; // block: a multiple of 16
+    const float* curvature;   // [blocks, block, block], symmetric; or null
+    std::int64_t rows, block; // block: a multiple of 16; 16 where rows are independent
 };
 
 struct HadamardArgs {
@@ -111,10 +111,8 @@ struct Kernels {
     void (*decode)(const AffineArgs&, Rows);
     void (*min_max)(const MinMaxArgs&, Rows);
     void (*search)(const SearchArgs&, Rows, float* scratch);  // padded + 2 * steps rounded up to 16
-    void (*gptq)(const GptqArgs&, Rows, float* scratch);      // 3 * 16 * k
-    void (*gptq_joint)(const GptqArgs&, Rows blocks, float* scratch);        // (4 * k + 1) * block
-    void (*descend)(const DescendArgs&, Rows, float* scratch);  // 5 * 16 * k
-    void (*descend_joint)(const DescendArgs&, Rows blocks, float* scratch);  // (5 * k + 1) * block
+    void (*gptq)(const GptqArgs&, Rows blocks, float* scratch);        // (3 * k + 1) * block
+    void (*descend)(const DescendArgs&, Rows blocks, float* scratch);  // 5 * k * block
     void (*hadamard)(const HadamardArgs&, Rows);
     void (*trellis_encode)(const TrellisArgs&, Rows, float* scratch);  // trellis_scratch
     void (*trellis_decode)(const TrellisArgs&, Rows);

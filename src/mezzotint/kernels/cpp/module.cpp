@@ -163,17 +163,24 @@ void search(AnyMatrix values, nb::object importance, Matrix<const float> fractio
     });
 }
 
-// Blocks of rows that depend on each other, after checking that `between` is [blocks * block, block].
-std::int64_t blocks_of(const Matrix<const float>& between, std::int64_t rows) {
-    const std::int64_t block = size(between, 1);
+// The squares between the rows of blocks, checked to be [blocks * block, block], or null; `block` is 16 then.
+const float* between_rows(const nb::object& given, std::int64_t rows, std::int64_t& block) {
+    block = kLanes;
+    if (given.is_none()) return nullptr;
+    const auto squares = nb::cast<Matrix<const float>>(given, false);  // `given` keeps it alive
+    block = size(squares, 1);
     require(block > 0 && block % kLanes == 0, "blocks of rows have to be a multiple of 16");
-    const std::int64_t blocks = (rows + block - 1) / block;
-    require(size(between, 0) == blocks * block, "there has to be a square for each block of rows");
-    return blocks;
+    require(size(squares, 0) == (rows + block - 1) / block * block, "there has to be a square for each block of rows");
+    return squares.data();
 }
 
-// Roughly the nanoseconds that k columns of a row take.
-double row_cost(std::int64_t k) { return static_cast<double>(k) * (2.0 + 0.05 * static_cast<double>(k)); }
+// Calls work(Rows of blocks, part) for blocks of rows of k columns; `waiting` is what a weight costs more, in nanoseconds,
+// where rows wait for each other.
+template <typename Args, typename Work>
+void over_blocks(const Args& a, bool joint, double waiting, int threads, const Work& work) {
+    const double k = static_cast<double>(a.k), weight = 2.0 + 0.05 * k + (joint ? waiting : 0.0);
+    over_rows((a.rows + a.block - 1) / a.block, threads, static_cast<double>(a.block) * k * weight, work);
+}
 
 void gptq(Matrix<float> work, Matrix<const float> factor, Matrix<const float> scale, Matrix<const float> zero_point,
           Matrix<std::uint8_t> code, Matrix<float> error, nb::object taken, int bits, int threads,
@@ -185,22 +192,11 @@ void gptq(Matrix<float> work, Matrix<const float> factor, Matrix<const float> sc
             "scale, zero point, code and error have to have the shape of work");
     GptqArgs a{work.data(), factor.data(), scale.data(), zero_point.data(), code.data(), error.data(),
                k, top_of(bits), nullptr, rows, kLanes};
-    if (taken.is_none()) {
-        nb::gil_scoped_release release;
-        over_rows(rows, threads, row_cost(k), [&](Rows part, std::size_t) {
-            const Scratch scratch(3 * kLanes * k);
-            kernels.gptq(a, part, scratch.get());
-        });
-        return;
-    }
-    const auto between = nb::cast<Matrix<const float>>(taken, false);
-    const std::int64_t blocks = blocks_of(between, rows);
-    a.taken = between.data(), a.block = size(between, 1);
+    a.taken = between_rows(taken, rows, a.block);
     nb::gil_scoped_release release;
-    const double cost = static_cast<double>(a.block) * (row_cost(k) + 20.0 * static_cast<double>(k));
-    over_rows(blocks, threads, cost, [&](Rows part, std::size_t) {
-        const Scratch scratch((4 * k + 1) * a.block);
-        kernels.gptq_joint(a, part, scratch.get());
+    over_blocks(a, a.taken != nullptr, 20.0, threads, [&](Rows blocks, std::size_t) {
+        const Scratch scratch((3 * k + 1) * a.block);
+        kernels.gptq(a, blocks, scratch.get());
     });
 }
 
@@ -215,22 +211,11 @@ void descend(Matrix<float> value, Matrix<const float> gradient, Matrix<const flo
             "gradient, scale, zero point and code have to have the shape of value");
     DescendArgs a{value.data(), gradient.data(), gram.data(), scale.data(), zero_point.data(), code.data(), k,
                   top_of(bits), nullptr, rows, kLanes};
-    if (curvature.is_none()) {
-        nb::gil_scoped_release release;
-        over_rows(rows, threads, row_cost(k), [&](Rows part, std::size_t) {
-            const Scratch scratch(5 * kLanes * k);
-            kernels.descend(a, part, scratch.get());
-        });
-        return;
-    }
-    const auto between = nb::cast<Matrix<const float>>(curvature, false);
-    const std::int64_t blocks = blocks_of(between, rows);
-    a.curvature = between.data(), a.block = size(between, 1);
+    a.curvature = between_rows(curvature, rows, a.block);
     nb::gil_scoped_release release;
-    const double cost = static_cast<double>(a.block) * (row_cost(k) + 30.0 * static_cast<double>(k));
-    over_rows(blocks, threads, cost, [&](Rows part, std::size_t) {
-        const Scratch scratch((5 * k + 1) * a.block);
-        kernels.descend_joint(a, part, scratch.get());
+    over_blocks(a, a.curvature != nullptr, 30.0, threads, [&](Rows blocks, std::size_t) {
+        const Scratch scratch(5 * k * a.block);
+        kernels.descend(a, blocks, scratch.get());
     });
 }
 
