@@ -18,6 +18,18 @@ from mezzotint.pipeline.residency import Store
 from mezzotint.pipeline.streams import surroundings
 
 
+def counted(progress: Callable[[int, int], None], total: int) -> Callable[[], None]:
+    """To be called at every step of so many; tells how many are done."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    return step
+
+
 class Borders:
     """Hidden states of the original at every border: 0 is before the first block, ``i + 1`` behind block ``i``.
 

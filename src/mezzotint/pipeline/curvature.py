@@ -1,6 +1,5 @@
 """The curvature of the loss in every matrix's outputs, measured before the sweep begins."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,9 +15,9 @@ from mezzotint.core.files import Entry
 from mezzotint.core.precision import products_in
 from mezzotint.models import Source
 from mezzotint.pipeline.backward import Backward
-from mezzotint.pipeline.borders import Borders
+from mezzotint.pipeline.borders import Borders, counted
 from mezzotint.pipeline.plan import Planned
-from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.residency import temporary_stores
 from mezzotint.pipeline.saved import Saved
 
 
@@ -56,29 +55,17 @@ def measure_curvature(
     """
     sizes = {e.matrix: e.curvature.block_size for e in entries if e.curvature is not None}
     tokens = max(e.curvature.tokens for e in entries if e.curvature is not None)
-    total = 2 * len(source.map.blocks) + 1
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    with tempfile.TemporaryDirectory(prefix="mezzotint-", dir=folder) as spilled:
-        store = Store(Budget(memory), Path(spilled))
-        try:
-            some = windows_for(windows, tokens)
-            gradients = _Gradients(
-                Borders(source, some, store=store, device=device, dtype=dtype, step=step), seed, sizes
-            )
-            gradients.through_head()
+    step = counted(progress, 2 * len(source.map.blocks) + 1)
+    with temporary_stores(1, memory, folder) as (store,):
+        some = windows_for(windows, tokens)
+        borders = Borders(source, some, store=store, device=device, dtype=dtype, step=step)
+        gradients = _Gradients(borders, seed, sizes)
+        gradients.through_head()
+        step()
+        for block in reversed(source.map.blocks):
+            gradients.through_block(block)
             step()
-            for block in reversed(source.map.blocks):
-                gradients.through_block(block)
-                step()
-                yield from gradients.taken().items()
-        finally:
-            store.close()
+            yield from gradients.taken().items()
 
 
 def planned_curvature(

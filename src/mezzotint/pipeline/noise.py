@@ -1,9 +1,7 @@
 """Sensitivities by trying: noise in one matrix after the other, and what the model loses by it."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,9 @@ from mezzotint.calibration import Windows
 from mezzotint.errors import ConfigError
 from mezzotint.evaluation import Divergence
 from mezzotint.models import Source
-from mezzotint.pipeline.borders import Borders
+from mezzotint.pipeline.borders import Borders, counted
 from mezzotint.pipeline.capture import Bypass
-from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.residency import Store, temporary_stores
 from mezzotint.pipeline.streams import surroundings
 
 
@@ -52,26 +50,14 @@ def noise_insertion(
     for name in matrices:
         if name not in source.map.matrices:
             raise ConfigError(f"{source.folder.name!r} has no matrix {name!r}. Give names that its plan shows.")
-    total = len(source.map.blocks) + len(matrices)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
+    step = counted(progress, len(source.map.blocks) + len(matrices))
     found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="mezzotint-") as folder, torch.no_grad():
-        store, changed = (Store(budget, Path(folder)) for budget in [Budget(memory)] * 2)
-        try:
-            borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
-            with surroundings(source, head=True, dtype=dtype, device=device) as bypass:
-                for name in matrices:
-                    found[name] = _divergence(_Noise(borders, name, energy, seed), bypass, changed) / energy
-                    step()
-        finally:
-            store.close()
-            changed.close()
+    with temporary_stores(2, memory) as (store, changed), torch.no_grad():
+        borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
+        with surroundings(source, head=True, dtype=dtype, device=device) as bypass:
+            for name in matrices:
+                found[name] = _divergence(_Noise(borders, name, energy, seed), bypass, changed) / energy
+                step()
     return found
 
 

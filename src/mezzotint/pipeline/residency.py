@@ -1,7 +1,10 @@
 """Where tensors live: in memory up to a budget, in a file past it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -39,6 +42,25 @@ class _Place(NamedTuple):
 
     offset: int
     size: int
+
+
+@contextmanager
+def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list["Store"]]:
+    """Stores with a budget together, and a folder of their own for what does not fit.
+
+    Args:
+        count: of stores.
+        memory: bytes that they may hold; None is no limit.
+        folder: to make it in; None is the system's.
+    """
+    budget = Budget(memory)
+    with TemporaryDirectory(prefix="mezzotint-", dir=folder) as own:
+        stores = [Store(budget, Path(own)) for _ in range(count)]
+        try:
+            yield stores
+        finally:
+            for store in stores:
+                store.close()
 
 
 class Store:

@@ -1,9 +1,7 @@
 """Sensitivities of every matrix from one forward and one backward pass, block by block."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -16,8 +14,8 @@ from mezzotint.evaluation import standard_error
 from mezzotint.models import Source
 from mezzotint.models.experts import taken_apart
 from mezzotint.pipeline.backward import Backward
-from mezzotint.pipeline.borders import Borders
-from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.borders import Borders, counted
+from mezzotint.pipeline.residency import temporary_stores
 
 
 def measure_sensitivity(
@@ -77,21 +75,10 @@ def measure_sensitivity(
         CalibrationError: there is no position to score.
         NonFiniteError: the model gives NaN or infinity.
     """
-    total = 2 * len(source.map.blocks) + 2
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    with tempfile.TemporaryDirectory(prefix="mezzotint-") as folder:
-        store = Store(Budget(memory), Path(folder))
-        try:
-            borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
-            return _Backward(borders, seed, diagonal).run(step)
-        finally:
-            store.close()
+    step = counted(progress, 2 * len(source.map.blocks) + 2)
+    with temporary_stores(1, memory) as (store,):
+        borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
+        return _Backward(borders, seed, diagonal).run(step)
 
 
 class _Sums:
