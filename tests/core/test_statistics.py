@@ -24,10 +24,10 @@ def bound(dtype, tokens):
     return (tokens + 2) * torch.finfo(dtype).eps / 2
 
 
-def accumulate(tokens, weights=None, batches=1, needs=OPTIONAL_SUMS):
+def accumulate(tokens, weights=None, batches=1, needs=OPTIONAL_SUMS, factors=None):
     """The sums, batch by batch."""
     rows, width, dtype = tokens.difference.shape[1], tokens.quantized.shape[1], tokens.quantized.dtype
-    sums = Accumulator(width, needs, rows=rows, dtype=dtype)
+    sums = Accumulator(width, needs, rows=rows, dtype=dtype, factors=factors)
     for part in torch.arange(tokens.quantized.shape[0]).tensor_split(batches):
         sums.add(
             tokens.quantized[part],
@@ -65,6 +65,33 @@ def test_token_weights(settings, data):
     drawn = st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=settings.tokens, max_size=settings.tokens)
     weights = torch.tensor(data.draw(drawn))
     assert_sums(accumulate(tokens, weights), tokens, weights)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_factors_in_bfloat16_round_the_corrections_alone(batches):
+    tokens = make_tokens(ProblemSettings(grid=UniformGrid(), rows=24, columns=40, tokens=300, seed=0))
+    plain, rounded = accumulate(tokens, batches=batches), accumulate(tokens, batches=batches, factors=torch.bfloat16)
+    exact(rounded.gram, plain.gram)
+    exact(rounded.mean_abs, plain.mean_abs)
+    drift = tokens.original - tokens.quantized
+    for name, left in (("drift", drift), ("residual", tokens.difference)):
+        # both factors and the product are off by half a unit in the last of 8 places
+        size = left.abs().double().T @ tokens.quantized.abs().double()
+        off = (getattr(rounded, name) - getattr(plain, name)).abs()
+        assert off.max() > 0
+        assert (off <= 3.1 * 2**-9 * size).all(), name
+
+
+def test_wide_sums_are_the_same_in_pieces():
+    """Wider than what is multiplied at once."""
+    generator = torch.Generator().manual_seed(0)
+    x, xh = torch.randn(2, 8, 2500, generator=generator)
+    for factors in (None, torch.bfloat16):
+        sums = Accumulator(2500, frozenset({"drift"}), factors=factors)
+        sums.add(xh, original=x)
+        drift, right = ((x - xh).to(factors or xh.dtype), xh.to(factors or xh.dtype))
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if factors is None else {"rtol": 2**-7, "atol": 2**-5}
+        torch.testing.assert_close(sums.drift, (drift.T.double() @ right.double()).float(), **tolerance)
 
 
 @given(strategies.problem_settings())

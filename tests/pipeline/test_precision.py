@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mezzotint.core.precision import products_in
+from mezzotint.core.precision import RoundedLinears, products_in
 from mezzotint.core.statistics import Accumulator
 from mezzotint.errors import ConfigError
+from mezzotint.pipeline import streams
 from mezzotint.pipeline.evaluate import evaluate
 from mezzotint.pipeline.report import REPORT_NAME
 from pipeline.runs import TEXT, TINY_LLAMA, plan_of, quantized, request_of, tiny
@@ -49,6 +50,56 @@ def test_products_are_so_and_solvers_are_not(
     assert in_use == {"sums": {setting}, "solves": {"highest"}}
     assert report["precision"] == precision
     assert (tmp_path / "out" / REPORT_NAME).is_file()
+
+
+def test_rounded_linears_are_those_of_a_model_in_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=generator)
+    linear = torch.nn.Linear(8, 6)
+    wanted = linear.bfloat16()(x.bfloat16()).float()
+    linear = linear.float()
+    with RoundedLinears(), torch.no_grad():
+        assert torch.equal(linear(x), wanted)
+        assert linear(x).dtype == torch.float32
+        plain = x @ x.mT
+        assert torch.nn.functional.linear(input=x, weight=linear.weight).dtype == torch.float32
+    assert torch.equal(plain, x @ x.mT)
+    with torch.no_grad():
+        exact = linear(x)
+    assert not torch.equal(exact, wanted)
+    with RoundedLinears():
+        assert torch.equal(linear(x), exact)  # gradients are wanted
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_processors_that_gain_by_it_multiply_bfloat16(
+    precision: str, able: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    factors: set[torch.dtype] = set()
+    linears: set[torch.dtype] = set()
+    monkeypatch.setattr(streams, "multiplies_bfloat16", lambda: able)
+    add = Accumulator.add
+    linear = torch.nn.functional.linear
+
+    def spy_add(self: Accumulator, *args: torch.Tensor, **options: torch.Tensor) -> None:
+        factors.add(self._factors)
+        assert self.gram.dtype == torch.float32
+        add(self, *args, **options)
+
+    class Spy(RoundedLinears):
+        def __torch_function__(self, func: object, *rest: object) -> object:  # type: ignore[override]
+            result = super().__torch_function__(func, *rest)  # pyright: ignore[reportArgumentType]
+            if func is linear:
+                linears.add(result.dtype)
+            return result
+
+    monkeypatch.setattr(Accumulator, "add", spy_add)
+    monkeypatch.setattr(streams, "RoundedLinears", Spy)
+    quantized(TINY_LLAMA, tmp_path / "out", "loaq-gptq", bits=3, precision=precision)
+    rounded = able and precision == "bfloat16"
+    assert factors == {torch.bfloat16 if rounded else torch.float32}
+    assert linears == ({torch.float32} if rounded else set())
 
 
 def test_auto_is_what_the_model_is_stored_in(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ the same bits, whatever the number of threads. Products with packed weights are 
 float64, they multiply in floating point; see `products`.
 """
 
-from mezzotint.kernels._dispatch import available_levels
+from mezzotint.kernels._dispatch import available_levels, multiplies_bfloat16
 from mezzotint.kernels.affine import affine_decode, affine_encode, min_max
 from mezzotint.kernels.descend import descend_block_
 from mezzotint.kernels.gptq import gptq_block_
@@ -28,6 +28,7 @@ __all__ = [
     "hadamard_block",
     "min_max",
     "min_max_range",
+    "multiplies_bfloat16",
     "pack_bits",
     "packed_matmul",
     "product_levels",

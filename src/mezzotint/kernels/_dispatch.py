@@ -20,6 +20,11 @@ def available_levels() -> tuple[str, ...]:
     return tuple(_native.available_levels())
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 numbers as such (AVX512-BF16, which processors with AMX have too)."""
+    return _native.multiplies_bfloat16()
+
+
 def takes_native(level: str | None, *tensors: Tensor | None, levels: tuple[str, ...] | None = None) -> bool:
     """Whether the C++ kernels can work on these tensors: all on the CPU and none of float64.
 

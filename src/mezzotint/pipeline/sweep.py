@@ -287,6 +287,7 @@ class Sweep:
                 rows=matrices[0].shape[0],
                 device=self._device,
                 storage=streams.storage,
+                factors=streams.factors,
             )
             for expert, width in widths.items()
             for held in (False, True)

@@ -233,6 +233,7 @@ NB_MODULE(_native, m) {
     m.doc() = "Kernels for the CPU; call them through mezzotint.kernels.";
     const auto at = [](const char* name) { return nb::arg(name).noconvert(); };
     m.def("available_levels", &available_levels);
+    m.def("multiplies_bfloat16", &multiplies_bfloat16);
     m.def("pack", &pack, at("code"), at("packed"), at("bits"), at("threads"), at("level"));
     m.def("unpack", &unpack, at("packed"), at("code"), at("bits"), at("threads"), at("level"));
     m.def("encode", &encode, at("values"), at("scale"), at("zero_point"), at("code"), at("group_size"), at("bits"),

@@ -67,6 +67,15 @@ inline bool runs_avx512() {
 #endif
 }
 
+// Whether it multiplies bfloat16 numbers as such, faster than float32 ones.
+inline bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 void bind_hadamard(nb::module_& m);
 void bind_products(nb::module_& m);
 void bind_trellis(nb::module_& m);
