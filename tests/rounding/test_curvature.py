@@ -100,7 +100,7 @@ def test_every_step_of_refinement_lowers_the_loss_of_every_block(start):
     refitted = current.grid
     assert isinstance(refitted, type(grid))
     assert torch.equal(refitted.storable(refitted.scale), refitted.scale)
-    assert torch.equal(refitted.allowed(refitted.zero_point), refitted.zero_point)
+    assert set(refitted.zero_point.unique().tolist()) <= set(range(8))
     assert not torch.equal(refitted.scale, grid.scale)
     whole = Descent(passes=2).refine(
         Gptq().round(Aim(matrix=weight, curvature=curvature if start == "joint" else None), grid, fit),

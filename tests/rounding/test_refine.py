@@ -48,7 +48,7 @@ def test_every_step_lowers_the_quadratic_of_every_row(kind, symmetric, scale_dty
     assert last.sum() < 0.95 * start.sum()
     refitted = current.grid
     assert torch.equal(refitted.storable(refitted.scale), refitted.scale)
-    assert torch.equal(refitted.allowed(refitted.zero_point), refitted.zero_point)
+    assert set(refitted.zero_point.unique().tolist()) <= ({4.0} if symmetric else set(range(8)))
     assert not torch.equal(refitted.scale, grid.scale)
     whole = Descent(passes=2).refine(round_on(grid), weight, quadratic, round_on)
     torch.testing.assert_close(whole.value, current.value)

@@ -278,10 +278,6 @@ class AffineGrid(FittedGrid, Protocol):
         """Scales rounded to the dtype they are stored in."""
         ...
 
-    def allowed(self, zero_point: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The nearest zero points that can be stored."""
-        ...
-
     def with_parameters(
         self, scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]
     ) -> "AffineGrid":
@@ -311,6 +307,22 @@ class AffineGrid(FittedGrid, Protocol):
         curvature: Float[Tensor, "blocks size size"] | None = None,
     ) -> None:
         """Move columns to their best codes in turn: `mezzotint.kernels.descend_block_`. Modifies code and value."""
+        ...
+
+    def refit_(
+        self,
+        scale: Float[Tensor, " out"],
+        zero_point: Float[Tensor, " out"],
+        pulls: Float[Tensor, "2 out"],
+        bends: Float[Tensor, "2 out"],
+        flat: Float[Tensor, ""],
+        *,
+        joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+    ) -> Float[Tensor, "2 out"]:
+        """Move scales and zero points of one group of columns to the best for their codes; gives the steps.
+
+        See `mezzotint.kernels.refit_group_`. Modifies scale and zero_point.
+        """
         ...
 
 

@@ -236,12 +236,6 @@ class FittedUniform:
         """Scales rounded to the dtype they are stored in."""
         return scale.to(self.grid.storage_dtype).to(scale.dtype)
 
-    def allowed(self, zero_point: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Whole numbers from 0 to ``2^bits - 1``; only the middle where the grid is symmetric."""
-        if self.grid.symmetric:
-            return torch.full_like(zero_point, 2.0 ** (self.grid.bits - 1))
-        return zero_point.round().clamp(0, 2**self.grid.bits - 1)
-
     def with_parameters(
         self, scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]
     ) -> "FittedUniform":
@@ -264,6 +258,29 @@ class FittedUniform:
             value, gradient, gram, scale, zero_point, bits=self.grid.bits, curvature=curvature
         )
         code.index_copy_(1, columns, piece)
+
+    def refit_(
+        self,
+        scale: Float[Tensor, " out"],
+        zero_point: Float[Tensor, " out"],
+        pulls: Float[Tensor, "2 out"],
+        bends: Float[Tensor, "2 out"],
+        flat: Float[Tensor, ""],
+        *,
+        joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+    ) -> Float[Tensor, "2 out"]:
+        """Move scales and zero points of one group to the best for their codes: `mezzotint.kernels.refit_group_`."""
+        return kernels.refit_group_(
+            scale,
+            zero_point,
+            pulls,
+            bends,
+            flat,
+            bits=self.grid.bits,
+            symmetric=self.grid.symmetric,
+            scale_dtype=self.grid.storage_dtype,
+            joint=joint,
+        )
 
     def take_rows(self, rows: slice) -> "FittedUniform":
         """The grid of some rows."""

@@ -13,6 +13,7 @@ from mezzotint.kernels.hadamard import hadamard, hadamard_block
 from mezzotint.kernels.packing import pack_bits, unpack_bits
 from mezzotint.kernels.products import LevelTable, packed_matmul, product_levels, table_matmul, trellis_matmul
 from mezzotint.kernels.ranges import POWERS, min_max_range, search_range
+from mezzotint.kernels.refit import refit_group_
 from mezzotint.kernels.trellis import from_tiles, tile_order, to_tiles, trellis_decode, trellis_encode, trellis_values
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "pack_bits",
     "packed_matmul",
     "product_levels",
+    "refit_group_",
     "search_range",
     "table_matmul",
     "tile_order",

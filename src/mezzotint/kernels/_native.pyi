@@ -57,6 +57,21 @@ def descend(
     threads: int,
     level: str,
 ) -> None: ...
+def refit(
+    scale: Tensor,
+    zero_point: Tensor,
+    pulls: Tensor,
+    bends: Tensor,
+    flat: float,
+    between: Tensor,
+    curvature: Tensor,
+    steps: Tensor,
+    bits: int,
+    symmetric: bool,
+    dropped_bits: int,
+    threads: int,
+    level: str,
+) -> None: ...
 def product_levels() -> list[str]: ...
 def trellis_matmul(
     x: int,

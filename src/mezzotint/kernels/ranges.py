@@ -19,7 +19,7 @@ from mezzotint.kernels._dispatch import (
 
 POWERS = (2.0, 2.5, 3.0)
 # Low bits of a float32 that a scale of this dtype does not have.
-_DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 def min_max_range(
@@ -163,11 +163,11 @@ def _search_native(
     weight = None if importance is None else as_float32(importance)
     bits, span, symmetric, power, scale_dtype, threads, level = settings
     arrays = as_native_values(values), weight, as_float32(fractions), scale, zero_point
-    _native.search(*arrays, group_size, bits, span, symmetric, power, _DROPPED_BITS[scale_dtype], threads, level)
+    _native.search(*arrays, group_size, bits, span, symmetric, power, DROPPED_BITS[scale_dtype], threads, level)
     return scale, zero_point
 
 
 def _check(bits: int, symmetric: bool, scale_dtype: torch.dtype) -> None:
     check_bits(bits, 2 if symmetric else 1)
-    if scale_dtype not in _DROPPED_BITS:
+    if scale_dtype not in DROPPED_BITS:
         raise ConfigError(f"scale_dtype is {scale_dtype}; use torch.float32, torch.float16 or torch.bfloat16.")

@@ -303,6 +303,72 @@ def _joint_descent(
     return chosen.flatten()[:count], change.flatten()[:count]
 
 
+def refit_group_(
+    scale: Float[Tensor, " rows"],
+    zero_point: Float[Tensor, " rows"],
+    pulls: Float[Tensor, "2 rows"],
+    bends: Float[Tensor, "2 rows"],
+    flat: Float[Tensor, ""],
+    *,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+) -> Float[Tensor, "2 rows"]:
+    """Modifies `scale` and `zero_point`; see `mezzotint.kernels.refit_group_`."""
+    settings = bits, symmetric, scale_dtype
+    if joint is None:
+        return _refit(scale, zero_point, tuple(pulls), (*bends, flat), *settings)
+    between, curvature = (squares.to(scale.dtype) for squares in joint)
+    scales, zero_points, pull, lift, own, both = (
+        _in_blocks(curvature, t)[0].clone() for t in (scale, zero_point, *pulls, *bends)
+    )
+    real = _in_blocks(curvature, torch.zeros_like(scale))[0] == 0
+    steps = torch.zeros_like(pull), torch.zeros_like(pull)
+    for i in range(curvature.shape[1]):
+        weight = curvature[:, i, i]
+        bend = weight * own[:, i], weight * both[:, i], weight * flat
+        stretch, shift = _refit(scales[:, i], zero_points[:, i], (pull[:, i], lift[:, i]), bend, *settings)
+        stretch, shift = torch.where(real[:, i], stretch, 0.0), torch.where(real[:, i], shift, 0.0)
+        steps[0][:, i], steps[1][:, i] = stretch, shift
+        given = curvature[:, i] * shift[:, None]
+        pull += between[:, i] * stretch[:, None] + given * both
+        lift += curvature[:, i] * (stretch * both[:, i])[:, None] + given * flat
+    scale.copy_(scales.flatten()[: len(scale)])
+    zero_point.copy_(zero_points.flatten()[: len(scale)])
+    return torch.stack([step.flatten()[: len(scale)] for step in steps])
+
+
+def _refit(
+    scale: Tensor,
+    zero_point: Tensor,
+    pulls: tuple[Tensor, ...],
+    bends: tuple[Tensor, ...],
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> Float[Tensor, "2 rows"]:
+    """Steps of rows that do not see each other; modifies `scale` and `zero_point`."""
+    tiny = torch.finfo(scale.dtype).tiny
+    bend, both, flat = bends
+    ideal = scale - pulls[0] / bend.clamp_min(tiny)
+    step = torch.where((bend > tiny) & (ideal > 0), _stored(ideal, scale_dtype) - scale, 0.0)
+    stretch = _falling(step, pulls[0], bend)
+    scale.add_(stretch)
+    if symmetric:
+        return torch.stack([stretch, torch.zeros_like(stretch)])
+    slope = pulls[1] + stretch * both
+    wish = (zero_point + slope / flat.clamp_min(tiny) / scale).round().clamp(0, 2**bits - 1)
+    shift = _falling(scale * (zero_point - wish), slope, flat)
+    zero_point.copy_(torch.where(shift == 0, zero_point, wish))
+    return torch.stack([stretch, shift])
+
+
+def _falling(step: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """The steps that lower ``step^2 bend + 2 step slope``, zero for the others."""
+    return torch.where(step * (step * bend + 2 * slope) < 0, step, 0.0)
+
+
 def hadamard(values: Float[Tensor, "rows n"], block: int) -> Float[Tensor, "rows n"]:
     """See `mezzotint.kernels.hadamard`."""
     rows, n = values.shape

@@ -16,9 +16,6 @@ from mezzotint.grids.uniform import UniformGrid
 
 Start = Literal["nearest", "clipped", "refitted"]
 
-_Pair = tuple[Tensor, Tensor]
-_Three = tuple[Tensor, Tensor, Tensor]
-
 _BLOCK = 128
 _CLIPPED = (0.9, 0.8)
 
@@ -166,16 +163,13 @@ def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     gradient = quadratic.mixed(value @ gram - quadratic.cross)
     for index in range(scale.shape[1]):
         columns = slice(index * grid.group_size, min((index + 1) * grid.group_size, value.shape[1]))
-        group = _Group(grid, scale[:, index], zero_point[:, index])
-        shape = value[:, columns] / group.scale[:, None]  # codes less zero point
-        turned = shape @ gram[columns, columns]
-        slope, flat = gradient[:, columns], gram[columns, columns].sum()
-        pulls = (slope * shape).sum(1), slope.sum(1)
-        bends = (turned * shape).sum(1), turned.sum(1), flat
-        if quadratic.curvature is None:
-            stretch, shift = group.step(pulls, bends)
-        else:
-            stretch, shift = group.in_turn(pulls, bends, turned, shape, quadratic.curvature)
+        shape = value[:, columns] / scale[:, index, None]  # codes less zero point
+        block = gram[columns, columns]
+        turned = shape @ block
+        pulls = torch.stack([(gradient[:, columns] * shape).sum(1), gradient[:, columns].sum(1)])
+        bends = torch.stack([(turned * shape).sum(1), turned.sum(1)])
+        joint = None if quadratic.curvature is None else _between(quadratic.curvature, turned, shape)
+        stretch, shift = grid.refit_(scale[:, index], zero_point[:, index], pulls, bends, block.sum(), joint=joint)
         change = stretch[:, None] * shape + shift[:, None]
         value[:, columns] += change
         gradient.addmm_(quadratic.mixed(change), gram[columns])
@@ -183,49 +177,7 @@ def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
     return replace(rounded, grid=better, value=better.decode(rounded.code), before=None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Scale and zero point of one group of columns, in every row: views that steps change.
-
-    ``pulls`` are ``r c'`` and ``r 1'`` of each row's gradient; ``bends`` are ``c G c'``, ``c G 1'`` and ``1 G 1'``.
-    """
-
-    grid: AffineGrid
-    scale: Float[Tensor, "*rows"]
-    zero_point: Float[Tensor, "*rows"]
-
-    def step(self, pulls: _Pair, bends: _Three, weight: Tensor | float = 1.0) -> _Pair:
-        """What values gain per code, and beside: each row as if it were alone, its quadratic ``weight`` times."""
-        tiny = torch.finfo(self.scale.dtype).tiny
-        bend = weight * bends[0]
-        new = self.grid.storable(self.scale - pulls[0] / bend.clamp_min(tiny))
-        stretch = _kept(torch.where(new > 0, new - self.scale, 0.0), pulls[0], bend)
-        self.scale.add_(stretch)
-        pull, bend = pulls[1] + stretch * (weight * bends[1]), weight * bends[2]
-        wish = self.grid.allowed(self.zero_point + pull / bend.clamp_min(tiny) / self.scale)
-        shift = _kept(self.scale * (self.zero_point - wish), pull, bend)
-        self.zero_point.copy_(torch.where(shift == 0, self.zero_point, wish))
-        return stretch, shift
-
-    def in_turn(self, pulls: _Pair, bends: _Three, turned: Tensor, shape: Tensor, curvature: Curvature) -> _Pair:
-        """The same where the rows of a block share a quadratic: each step counts in the pulls of the rows behind it."""
-        blocks = curvature.blocks.to(shape.dtype)
-        scale, zero_point = curvature.in_blocks(self.scale), curvature.in_blocks(self.zero_point)
-        pull, lift, own, both = (curvature.in_blocks(t) for t in (*pulls, *bends[:2]))
-        between = blocks * (curvature.in_blocks(turned) @ curvature.in_blocks(shape).mT)
-        steps = torch.zeros_like(pull), torch.zeros_like(pull)
-        for i in range(curvature.size):
-            row = _Group(self.grid, scale[:, i], zero_point[:, i])
-            stretch, shift = row.step((pull[:, i], lift[:, i]), (own[:, i], both[:, i], bends[2]), blocks[:, i, i])
-            steps[0][:, i], steps[1][:, i] = stretch, shift
-            given = blocks[:, i] * shift[:, None]
-            pull += between[:, i] * stretch[:, None] + given * both
-            lift += blocks[:, i] * (stretch * both[:, i])[:, None] + given * bends[2]
-        self.scale.copy_(curvature.in_rows(scale))
-        self.zero_point.copy_(curvature.in_rows(zero_point))
-        return curvature.in_rows(steps[0]), curvature.in_rows(steps[1])
-
-
-def _kept(step: Tensor, slope: Tensor, spread: Tensor) -> Tensor:
-    """The steps that lower ``step^2 spread + 2 step slope``, zero for the others."""
-    return torch.where(step * (step * spread + 2 * slope) < 0, step, torch.zeros_like(step))
+def _between(curvature: Curvature, turned: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step of one row's scale does to the slopes of the others in its block, and the curvature itself."""
+    blocks = curvature.blocks.to(shape.dtype)
+    return blocks * (curvature.in_blocks(turned) @ curvature.in_blocks(shape).mT), blocks

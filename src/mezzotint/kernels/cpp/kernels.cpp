@@ -21,6 +21,7 @@ namespace {
 #include "search.h"
 #include "gptq.h"
 #include "descend.h"
+#include "refit.h"
 #include "hadamard.h"
 #include "ints.h"
 #include "trellis.h"
@@ -28,7 +29,7 @@ namespace {
 }  // namespace
 
 Kernels table() {
-    return {pack, unpack, encode, decode, min_max, search, gptq, descend, hadamard, trellis_encode, trellis_decode};
+    return {pack, unpack, encode, decode, min_max, search, gptq, descend, refit, hadamard, trellis_encode, trellis_decode};
 }
 
 }  // namespace MEZZOTINT_LEVEL

@@ -42,6 +42,11 @@ struct MinMaxArgs {
 
 enum class Power { two, two_and_a_half, three };  // of errors that a range is chosen by
 
+struct ScaleType {
+    Dtype dtype;
+    float smallest, largest;  // scale
+};
+
 struct SearchArgs {
     const void* values;       // [rows, n] of dtype
     Dtype dtype;
@@ -54,8 +59,7 @@ struct SearchArgs {
     int bits, span;
     bool symmetric;
     Power power;
-    Dtype scale_dtype;
-    float smallest, largest;  // of a scale in scale_dtype
+    ScaleType scale_type;
 };
 
 struct GptqArgs {
@@ -82,6 +86,24 @@ struct DescendArgs {
     float top;
     const float* curvature;   // [blocks, block, block], symmetric; or null
     std::int64_t rows, block; // block: a multiple of 16; 16 where rows are independent
+};
+
+struct RefitArgs {
+    float* scale;             // [rows], of one group of columns
+    float* zero_point;        // [rows]
+    float* pull;              // [rows], slope of the quadratic in each scale; follows the steps
+    float* lift;              // [rows], the same in what is added to all columns
+    const float* own;         // [rows], bend of the quadratic in each scale
+    const float* both;        // [rows], in scale and shift
+    float flat;               // in the shift
+    const float* between;     // [blocks, block, block], what a row's scale does to the slopes of the others
+    const float* curvature;   // [blocks, block, block], symmetric
+    float* stretch;           // [rows], steps of the scales
+    float* shift;             // [rows], of what is added
+    std::int64_t rows, block;
+    float top;
+    bool symmetric;
+    ScaleType scale_type;
 };
 
 struct HadamardArgs {
@@ -113,6 +135,7 @@ struct Kernels {
     void (*search)(const SearchArgs&, Rows, float* scratch);  // padded + 2 * steps rounded up to 16
     void (*gptq)(const GptqArgs&, Rows blocks, float* scratch);        // (3 * k + 1) * block
     void (*descend)(const DescendArgs&, Rows blocks, float* scratch);  // 5 * k * block
+    void (*refit)(const RefitArgs&, Rows blocks);
     void (*hadamard)(const HadamardArgs&, Rows);
     void (*trellis_encode)(const TrellisArgs&, Rows, float* scratch);  // trellis_scratch
     void (*trellis_decode)(const TrellisArgs&, Rows);

@@ -125,6 +125,16 @@ std::vector<float> padded_groups(const Vector<const float>& importance, const Se
     return out;
 }
 
+// What scales are rounded to, by the bits that a float32 loses by it.
+ScaleType scale_type_of(int dropped_bits) {
+    switch (dropped_bits) {
+        case 0: return {Dtype::f32, std::numeric_limits<float>::min(), std::numeric_limits<float>::max()};
+        case 13: return {Dtype::f16, 0x1p-14f, 65504.0f};
+        case 16: return {Dtype::bf16, std::numeric_limits<float>::min(), 0x1.fep127f};
+        default: throw std::invalid_argument("unknown dtype of scales");
+    }
+}
+
 void search(AnyMatrix values, nb::object importance, Matrix<const float> fractions, Matrix<float> scale,
             Matrix<float> zero_point, std::int64_t group_size, int bits, int span, bool symmetric, double power,
             int dropped_bits, int threads, const std::string& level) {
@@ -135,7 +145,6 @@ void search(AnyMatrix values, nb::object importance, Matrix<const float> fractio
     require(same_shape(scale, zero_point), "scale and zero point have to have one shape");
     require(size(fractions, 0) == 2, "fractions has to be [2, steps]");
     require(span >= 0, "span has to be 0 or more");
-    require(dropped_bits == 0 || dropped_bits == 13 || dropped_bits == 16, "unknown dtype of scales");
     require(power == 2.0 || power == 2.5 || power == 3.0, "power has to be 2, 2.5 or 3");
     top_of(bits);
     a.values = values.data(), a.dtype = dtype_of(values);
@@ -145,9 +154,7 @@ void search(AnyMatrix values, nb::object importance, Matrix<const float> fractio
     a.scale = scale.data(), a.zero_point = zero_point.data();
     a.bits = bits, a.span = span, a.symmetric = symmetric;
     a.power = power == 2.0 ? Power::two : power == 2.5 ? Power::two_and_a_half : Power::three;
-    a.scale_dtype = dropped_bits == 0 ? Dtype::f32 : dropped_bits == 16 ? Dtype::bf16 : Dtype::f16;
-    a.smallest = dropped_bits == 13 ? 0x1p-14f : std::numeric_limits<float>::min();
-    a.largest = dropped_bits == 13 ? 65504.0f : dropped_bits == 16 ? 0x1.fep127f : std::numeric_limits<float>::max();
+    a.scale_type = scale_type_of(dropped_bits);
     std::vector<float> weights;
     if (!importance.is_none()) {
         const auto vector = nb::cast<Vector<const float>>(importance, false);
@@ -219,6 +226,30 @@ void descend(Matrix<float> value, Matrix<const float> gradient, Matrix<const flo
     });
 }
 
+void refit(Vector<float> scale, Vector<float> zero_point, Matrix<float> pulls, Matrix<const float> bends, float flat,
+           nb::object between, nb::object curvature, Matrix<float> steps, int bits, bool symmetric, int dropped_bits,
+           int threads, const std::string& level) {
+    const Kernels& kernels = kernels_of(level);
+    const std::int64_t rows = size(scale, 0);
+    require(size(zero_point, 0) == rows, "scale and zero point have to have one shape");
+    require(size(pulls, 0) == 2 && size(pulls, 1) == rows && same_shape(pulls, bends) && same_shape(pulls, steps),
+            "pulls, bends and steps have to be [2, rows]");
+    RefitArgs a{};
+    a.scale = scale.data(), a.zero_point = zero_point.data();
+    a.pull = pulls.data(), a.lift = pulls.data() + rows;
+    a.own = bends.data(), a.both = bends.data() + rows, a.flat = flat;
+    a.stretch = steps.data(), a.shift = steps.data() + rows;
+    a.rows = rows;
+    a.between = between_rows(between, rows, a.block);
+    std::int64_t block = 0;
+    a.curvature = between_rows(curvature, rows, block);
+    require(a.between && a.curvature && a.block == block, "between and curvature have to be squares of one size");
+    a.top = top_of(bits), a.symmetric = symmetric, a.scale_type = scale_type_of(dropped_bits);
+    nb::gil_scoped_release release;
+    over_rows((rows + block - 1) / block, threads, static_cast<double>(block) * (30.0 + static_cast<double>(block)),
+              [&](Rows blocks, std::size_t) { kernels.refit(a, blocks); });
+}
+
 std::vector<std::string> available_levels() {
     std::vector<std::string> names;
     for (const Level& level : levels()) names.emplace_back(level.name);
@@ -248,6 +279,9 @@ NB_MODULE(_native, m) {
           at("taken").none(), at("bits"), at("threads"), at("level"));
     m.def("descend", &descend, at("value"), at("gradient"), at("gram"), at("scale"), at("zero_point"), at("code"),
           at("curvature").none(), at("bits"), at("threads"), at("level"));
+    m.def("refit", &refit, at("scale"), at("zero_point"), at("pulls"), at("bends"), nb::arg("flat"),
+          nb::arg("between"), nb::arg("curvature"), at("steps"), at("bits"), at("symmetric"), at("dropped_bits"),
+          at("threads"), at("level"));
     bind_hadamard(m);
     bind_products(m);
     bind_trellis(m);

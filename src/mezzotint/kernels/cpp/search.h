@@ -1,12 +1,12 @@
 // The range of each group with the least error, out of a list of candidates.
 
-// To a scale that scale_dtype holds: round to nearest even in the integer picture of the float, which is right because
+// To a scale that can be stored: round to nearest even in the integer picture of the float, which is right because
 // the smallest scale is a normal number.
-static inline float stored_scale(float x, const SearchArgs& a) {
-    x = x > a.smallest ? x : a.smallest;
-    x = x < a.largest ? x : a.largest;
-    if (a.scale_dtype == Dtype::f32) return x;
-    const int drop = a.scale_dtype == Dtype::bf16 ? 16 : 13;
+static inline float stored_scale(float x, const ScaleType& type) {
+    x = x > type.smallest ? x : type.smallest;
+    x = x < type.largest ? x : type.largest;
+    if (type.dtype == Dtype::f32) return x;
+    const int drop = type.dtype == Dtype::bf16 ? 16 : 13;
     std::uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
     bits += ((1u << (drop - 1)) - 1) + ((bits >> drop) & 1);
@@ -89,11 +89,11 @@ static inline float clamp_code(float x, float top) {
 static Best full_range(const SearchArgs& a, float low, float high) {
     const float half = static_cast<float>(1 << (a.bits - 1)), top = static_cast<float>((1 << a.bits) - 1);
     if (!a.symmetric) {
-        const float scale = stored_scale((high - low) / top, a);
+        const float scale = stored_scale((high - low) / top, a.scale_type);
         return {0.0, scale, clamp_code(rint_scalar((0.0f - low) / scale), top)};
     }
     const float below = (0.0f - low) / half, above = high / (half - 1.0f);
-    return {0.0, stored_scale(below > above ? below : above, a), half};
+    return {0.0, stored_scale(below > above ? below : above, a.scale_type), half};
 }
 
 template <Power power, bool weighted>
@@ -101,7 +101,7 @@ static Best search_asymmetric(const SearchArgs& a, const float* values, const fl
                               float* scales) {
     const float top = static_cast<float>((1 << a.bits) - 1);
     float* centres = scales + a.steps;
-    for (std::int64_t i = 0; i < a.steps; ++i) scales[i] = stored_scale(a.fractions[i] * (high - low) / top, a);
+    for (std::int64_t i = 0; i < a.steps; ++i) scales[i] = stored_scale(a.fractions[i] * (high - low) / top, a.scale_type);
     for (std::int64_t i = 0; i < a.steps; ++i)
         centres[i] = clamp_code(rint_scalar((0.0f - low) * a.fractions[i] / scales[i]), top);
     Best best = {__builtin_inf(), scales[0], centres[0]};
@@ -128,8 +128,8 @@ static Best search_symmetric(const SearchArgs& a, const float* values, const flo
                              float* scales) {
     const float half = static_cast<float>(1 << (a.bits - 1)), extreme = 0.0f - low > high ? 0.0f - low : high;
     float* between = scales + a.steps;
-    for (std::int64_t i = 0; i < a.steps; ++i) scales[i] = stored_scale(a.fractions[i] * extreme / half, a);
-    for (std::int64_t i = 0; i < a.steps; ++i) between[i] = stored_scale(a.midpoints[i] * extreme / (half - 0.5f), a);
+    for (std::int64_t i = 0; i < a.steps; ++i) scales[i] = stored_scale(a.fractions[i] * extreme / half, a.scale_type);
+    for (std::int64_t i = 0; i < a.steps; ++i) between[i] = stored_scale(a.midpoints[i] * extreme / (half - 0.5f), a.scale_type);
     Best best = {__builtin_inf(), scales[0], half};
     for (std::int64_t i = 0; i < a.steps; ++i) {
         consider<power, weighted, 1>(a, values, importance, scales[i], &half, best);
