@@ -267,6 +267,24 @@ def all_corrections() -> list[list[str]]:
     return [block for block in blocks if block]
 
 
+def tokens() -> list[str]:
+    """What more calibration is worth to each method; nothing while it has not been run."""
+    rows = rows_of("tokens")
+    if not rows:
+        return []
+    losses = " | ".join(f"KL, {text} | perplexity" for text in rows[0]["evaluate"])
+    heads = f"| recipe | windows | {losses} | seconds of processor |"
+    lines = [heads, "|---" * (heads.count("|") - 1) + "|"]
+    for r in sorted(rows, key=lambda r: (r["settings"]["row"]["name"], r["settings"]["row"]["samples"])):
+        found = " | ".join(
+            f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}" for e in r["evaluate"].values()
+        )
+        row = r["settings"]["row"]
+        lines.append(f"| {row['name']} | {row['samples']} | {found} | {r['quantize']['cpu_seconds']:.0f} |")
+    heading = "SmolLM2-135M-Instruct at 3 bits in groups of 64, by windows of 512 tokens of Wikipedia, one in eight\n"
+    return [heading + "held out (`python -m benchmarks tokens`), on a busy machine:", "", *lines]
+
+
 def screened() -> list[str]:
     """Every correction with every range on the small model."""
     columns = [(bits, size) for bits in (4, 3, 2) for size in ("null", "32")]
@@ -461,7 +479,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
     docs = ROOT / "docs"
     return {
         ROOT / "README.md": (recipes("docs/peers.md"), generation(), costs()),
-        docs / "propagation.md": (screened(), *all_corrections()),
+        docs / "propagation.md": tuple(block for block in (tokens(), screened(), *all_corrections()) if block),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(), latencies()),
         docs / "submodules.md": (submodules(), submodules_short()),

@@ -73,13 +73,13 @@ def test_tokens_must_be_embedded():
         windows.check_vocabulary(LlamaConfig(vocab_size=7))
 
 
-@given(widest=st.integers(1, 10**5), seqlen=st.sampled_from([128, 256, 512, 2048]))
-def test_auto_samples_gives_four_tokens_a_column(widest, seqlen):
-    samples = auto_samples(widest, seqlen)
+@given(widest=st.integers(1, 10**5), seqlen=st.sampled_from([128, 256, 512, 2048]), tokens=st.sampled_from([4, 16]))
+def test_auto_samples_gives_so_many_tokens_a_column(widest, seqlen, tokens):
+    samples = auto_samples(widest, seqlen, tokens)
     assert 16 <= samples <= 512
     kept = samples * 7 / 8 * seqlen
-    assert samples == 512 or kept >= 4 * widest
-    assert samples == 16 or (samples - 1) * 7 / 8 * seqlen < 4 * widest
+    assert samples == 512 or kept >= tokens * widest
+    assert samples == 16 or (samples - 1) * 7 / 8 * seqlen < tokens * widest
 
 
 def expected_stream(documents, tokenizer):

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from mezzotint import Recipe
+from mezzotint.calibration import auto_samples
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.pipeline.recipe import Rule
 from mezzotint.testing.models import TINY
-from pipeline.runs import TINY_LLAMA, opened, plan_of, quantized, tensors_of
+from pipeline.runs import TEXT, TINY_LLAMA, opened, plan_of, quantized, tensors_of
 
 Folder = Callable[[str], Path]
 EVERYTHING = Recipe(rules=(Rule(match="*", keep=False),))
@@ -252,6 +253,19 @@ def test_calibration_sizes() -> None:
     assert text.seqlen == 512
     with pytest.raises(ConfigError, match="--seqlen is 513, but the model takes at most 512 positions"):
         plan_of(TINY_LLAMA, seqlen=513)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibration", "tokens"),
+    [("gptq", TEXT, 4), ("qep-gptq", TEXT, 16), ("default", TEXT, 16), ("default", "self", 4)],
+)
+def test_corrections_get_more_text(recipe: str, calibration: str | Path, tokens: int) -> None:
+    """They fit what they should not where there is little; what is sampled first costs too much for more."""
+    found = plan_of(TINY_LLAMA, recipe, calibration=calibration, samples=None, seqlen=32)
+    widest = max(columns for _, columns in found.shapes.values())
+    assert found.calibration is not None
+    assert found.calibration.samples == auto_samples(widest, 32, tokens)
+    assert 16 < auto_samples(widest, 32, tokens) < 512
 
 
 def fingerprint(model: Path = TINY_LLAMA, recipe: Any = "gptq", **options: Any) -> str:

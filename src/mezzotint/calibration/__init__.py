@@ -4,6 +4,8 @@ from mezzotint.calibration.sampled import sample_windows
 from mezzotint.calibration.text import read_documents, read_text
 from mezzotint.calibration.tokenizer import begin_token, check_vocabulary, load_tokenizer, separator_token
 from mezzotint.calibration.windows import (
+    TOKENS_PER_COLUMN,
+    TOKENS_TO_REGRESS,
     Windows,
     auto_samples,
     consecutive_windows,
@@ -12,6 +14,8 @@ from mezzotint.calibration.windows import (
 )
 
 __all__ = [
+    "TOKENS_PER_COLUMN",
+    "TOKENS_TO_REGRESS",
     "Windows",
     "auto_samples",
     "begin_token",

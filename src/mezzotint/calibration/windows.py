@@ -23,7 +23,8 @@ WINDOWS_PER_PIECE = 4
 OVERSAMPLING = 4  # windows to choose from, per window chosen
 ENCODED_AT_ONCE = 64
 
-TOKENS_PER_COLUMN = 4
+TOKENS_PER_COLUMN = 4  # enough to factorise what is summed
+TOKENS_TO_REGRESS = 16  # a correction is a regression on the columns: with fewer tokens it fits their noise
 MIN_SAMPLES, MAX_SAMPLES = 16, 512
 HELD_OUT_EVERY = 8
 
@@ -91,21 +92,24 @@ class Windows:
             )
 
 
-def auto_samples(widest_input: int, seqlen: int) -> int:
-    """How many windows to calibrate on: four tokens per column of the widest input in what is left after the split.
+def auto_samples(widest_input: int, seqlen: int, tokens_per_column: int = TOKENS_PER_COLUMN) -> int:
+    """How many windows to calibrate on: so many tokens per column of the widest input in what is left after the split.
 
-    ``ceil(4 widest / (7/8 seqlen))``, at least 16 (so that two are held out) and at most 512.
+    ``ceil(tokens_per_column widest / (7/8 seqlen))``, at least 16 (so that two are held out) and at most 512.
 
     Args:
         widest_input: columns of the widest matrix that is quantized.
         seqlen: tokens per window.
+        tokens_per_column: that are wanted.
 
     Example:
         >>> auto_samples(1536, 256), auto_samples(1536, 2048), auto_samples(53248, 256)
         (28, 16, 512)
+        >>> auto_samples(14336, 2048, TOKENS_TO_REGRESS)
+        128
     """
     kept = 1 - 1 / HELD_OUT_EVERY
-    wanted = math.ceil(TOKENS_PER_COLUMN * widest_input / (kept * seqlen))
+    wanted = math.ceil(tokens_per_column * widest_input / (kept * seqlen))
     return min(max(wanted, MIN_SAMPLES), MAX_SAMPLES)
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from mezzotint.allocation.knapsack import ALLOCATED
-from mezzotint.calibration import auto_samples
+from mezzotint.calibration import TOKENS_PER_COLUMN, TOKENS_TO_REGRESS, auto_samples
 from mezzotint.core.contracts import Bits, Block, Grid, Matrix, Transform
 from mezzotint.core.files import Entry, Format, Plan
 from mezzotint.errors import ConfigError, FormatError
@@ -348,7 +348,10 @@ def _calibration(source: Source, entries: list[Entry], request: Request) -> Cali
     if longest is not None and seqlen > longest:
         raise ConfigError(f"--seqlen is {seqlen}, but the model takes at most {longest} positions.")
     widest = max(source.map.matrices[entry.matrix].shape[1] for entry in entries)
-    samples = asked.samples or auto_samples(widest, seqlen)
+    # what is sampled takes longer to make than to calibrate on
+    corrected = asked.source != "self" and any("drift" in entry.needs for entry in entries)
+    each = TOKENS_TO_REGRESS if corrected else TOKENS_PER_COLUMN
+    samples = asked.samples or auto_samples(widest, seqlen, each)
     return CalibrationPlan(source=asked.source, samples=samples, seqlen=seqlen)
 
 
