@@ -154,6 +154,11 @@ def test_drift_is_measured_with_it_too() -> None:
         ("rtn", {}, r"is for rounding.kind=gptq, and this one is 'nearest'"),
         ("gptq", {"grid.kind": "lookup"}, r"is for grids of kind uniform, not 'lookup'"),
         ("awq-gptq", {}, r"transform 'awq' changes it. Use curvature.kind=none"),
+        (
+            "default",
+            {"grid.kind": "lookup", "grid.range": "error"},
+            r"curvature 'fisher' is .*; refinement 'descent' .*Use curvature.kind=none and refinement.kind=none",
+        ),
         ("gptq", {"curvature.block_size": 8}, r"curvature.block_size is 8"),
     ],
 )

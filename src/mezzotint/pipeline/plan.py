@@ -276,24 +276,31 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
-    if stages.curvature is not None:
-        _check_curvature(matrix, stages)
-    reason = None if stages.refinement is None else stages.refinement.refuses(stages.grid)
-    if stages.refinement is not None and reason is not None:
-        raise ConfigError(f"{matrix}: refinement {stages.refinement.kind!r} {reason}. Use refinement.kind=none.")
+    # all at once: a grid that one of them cannot serve, the other often cannot either
+    refusals = list(_refusals(stages))
+    if refusals:
+        reasons = "; ".join(f"{stage} {reason}" for stage, reason in refusals)
+        remedies = " and ".join(f"{stage}.kind=none" for stage, _ in refusals)
+        raise ConfigError(f"{matrix}: {reasons}. Use {remedies}.")
 
 
-def _check_curvature(matrix: str, stages: Stages) -> None:
-    """Refuse what knows nothing of the curvature in outputs, or changes what outputs are."""
-    reason = None
+def _refusals(stages: Stages) -> Iterator[tuple[str, str]]:
+    """Optional stages that cannot serve the others, with what they are and why."""
+    if stages.curvature is not None and (reason := _refuses_curvature(stages)) is not None:
+        yield "curvature", f"{stages.curvature.kind!r} {reason}"
+    if stages.refinement is not None and (reason := stages.refinement.refuses(stages.grid)) is not None:
+        yield "refinement", f"{stages.refinement.kind!r} {reason}"
+
+
+def _refuses_curvature(stages: Stages) -> str | None:
+    """Why the other stages know nothing of the curvature in outputs, or change what outputs are, or None."""
     if stages.rounding.kind != "gptq":
-        reason = f"is for rounding.kind=gptq, and this one is {stages.rounding.kind!r}"
-    elif not isinstance(stages.grid, UniformGrid):
-        reason = f"is for grids of kind uniform, not {stages.grid.kind!r}"
-    elif stages.transform is not None:
-        reason = f"is measured on the model as it is, and transform {stages.transform.kind!r} changes it"
-    if reason is not None:
-        raise ConfigError(f"{matrix}: curvature 'fisher' {reason}. Use curvature.kind=none.")
+        return f"is for rounding.kind=gptq, and this one is {stages.rounding.kind!r}"
+    if not isinstance(stages.grid, UniformGrid):
+        return f"is for grids of kind uniform, not {stages.grid.kind!r}"
+    if stages.transform is not None:
+        return f"is measured on the model as it is, and transform {stages.transform.kind!r} changes it"
+    return None
 
 
 def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
