@@ -45,7 +45,7 @@ def test_quantize_in_python(example: Any, tmp_path: Path) -> None:
     printed = example("quantize_in_python.py", TINY_LLAMA, TEXT, HELD_OUT, tmp_path / "out")
     assert "21 matrices, 4.16 bits a weight, format compressed-tensors" in printed
     assert "nats per token" in printed
-    assert printed.splitlines()[-1].startswith("The wheel")
+    assert "\nThe wheel" in printed  # what the model writes behind it may hold line ends
 
 
 def test_own_recipe(example: Any, tmp_path: Path) -> None:

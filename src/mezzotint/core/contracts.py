@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mezzotint.core.aims import Aim, Quadratic
 from mezzotint.core.bits import Bits
+from mezzotint.core.curvature import Squares
 from mezzotint.core.statistics import Statistics
 from mezzotint.core.structure import Block, InputGroup, Matrix, ModelMap, NormEdge, Reader, Role
 
@@ -278,9 +279,7 @@ class AffineGrid(FittedGrid, Protocol):
         """Scales rounded to the dtype they are stored in."""
         ...
 
-    def with_parameters(
-        self, scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]
-    ) -> "AffineGrid":
+    def with_parameters(self, scale: Tensor, zero_point: Tensor) -> "AffineGrid":
         """The grid with other parameters, which can be stored exactly."""
         ...
 
@@ -310,19 +309,9 @@ class AffineGrid(FittedGrid, Protocol):
         ...
 
     def refit_(
-        self,
-        scale: Float[Tensor, " out"],
-        zero_point: Float[Tensor, " out"],
-        pulls: Float[Tensor, "2 out"],
-        bends: Float[Tensor, "2 out"],
-        flat: Float[Tensor, ""],
-        *,
-        joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+        self, scale: Tensor, zero_point: Tensor, pulls: Tensor, bends: Tensor, flat: Tensor, *, joint: Squares = None
     ) -> Float[Tensor, "2 out"]:
-        """Move scales and zero points of one group of columns to the best for their codes; gives the steps.
-
-        See `mezzotint.kernels.refit_group_`. Modifies scale and zero_point.
-        """
+        """Move parameters of one group of columns to the best for its codes: `mezzotint.kernels.refit_group_`."""
         ...
 
 

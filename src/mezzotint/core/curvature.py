@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mezzotint.errors import ConfigError
 
+# for every block of rows: what lies between them, and the curvature; None where rows are on their own
+Squares = tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None
+
 SIZES = (16, 32, 64, 128)  # of blocks of rows: whole lanes of the kernels
 
 

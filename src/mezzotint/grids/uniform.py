@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mezzotint import kernels
 from mezzotint.core.contracts import Affine, Bits
+from mezzotint.core.curvature import Squares
 from mezzotint.errors import ConfigError
 from mezzotint.grids import scales
 from mezzotint.grids.packing import byte_count, pack_bytes, unpack_bytes, word_count
@@ -260,27 +261,12 @@ class FittedUniform:
         code.index_copy_(1, columns, piece)
 
     def refit_(
-        self,
-        scale: Float[Tensor, " out"],
-        zero_point: Float[Tensor, " out"],
-        pulls: Float[Tensor, "2 out"],
-        bends: Float[Tensor, "2 out"],
-        flat: Float[Tensor, ""],
-        *,
-        joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+        self, scale: Tensor, zero_point: Tensor, pulls: Tensor, bends: Tensor, flat: Tensor, *, joint: Squares = None
     ) -> Float[Tensor, "2 out"]:
-        """Move scales and zero points of one group to the best for their codes: `mezzotint.kernels.refit_group_`."""
-        return kernels.refit_group_(
-            scale,
-            zero_point,
-            pulls,
-            bends,
-            flat,
-            bits=self.grid.bits,
-            symmetric=self.grid.symmetric,
-            scale_dtype=self.grid.storage_dtype,
-            joint=joint,
-        )
+        """Move scales and zero points of one group, in one call of the compiled kernel."""
+        grid = self.grid
+        stored = {"bits": grid.bits, "symmetric": grid.symmetric, "scale_dtype": grid.storage_dtype}
+        return kernels.refit_group_(scale, zero_point, pulls, bends, flat, **stored, joint=joint)
 
     def take_rows(self, rows: slice) -> "FittedUniform":
         """The grid of some rows."""

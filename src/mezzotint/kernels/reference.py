@@ -4,10 +4,13 @@ Elementwise steps are written in the order the C++ takes them, and sums use its 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
+
+from mezzotint.core.curvature import Squares
 
 _LANES = 16
 
@@ -313,12 +316,12 @@ def refit_group_(
     bits: int,
     symmetric: bool,
     scale_dtype: torch.dtype,
-    joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+    joint: Squares = None,
 ) -> Float[Tensor, "2 rows"]:
     """Modifies `scale` and `zero_point`; see `mezzotint.kernels.refit_group_`."""
-    settings = bits, symmetric, scale_dtype
+    refit = partial(_refit, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
     if joint is None:
-        return _refit(scale, zero_point, tuple(pulls), (*bends, flat), *settings)
+        return refit(scale, zero_point, tuple(pulls), (*bends, flat))
     between, curvature = (squares.to(scale.dtype) for squares in joint)
     scales, zero_points, pull, lift, own, both = (
         _in_blocks(curvature, t)[0].clone() for t in (scale, zero_point, *pulls, *bends)
@@ -328,7 +331,7 @@ def refit_group_(
     for i in range(curvature.shape[1]):
         weight = curvature[:, i, i]
         bend = weight * own[:, i], weight * both[:, i], weight * flat
-        stretch, shift = _refit(scales[:, i], zero_points[:, i], (pull[:, i], lift[:, i]), bend, *settings)
+        stretch, shift = refit(scales[:, i], zero_points[:, i], (pull[:, i], lift[:, i]), bend)
         stretch, shift = torch.where(real[:, i], stretch, 0.0), torch.where(real[:, i], shift, 0.0)
         steps[0][:, i], steps[1][:, i] = stretch, shift
         given = curvature[:, i] * shift[:, None]
@@ -344,6 +347,7 @@ def _refit(
     zero_point: Tensor,
     pulls: tuple[Tensor, ...],
     bends: tuple[Tensor, ...],
+    *,
     bits: int,
     symmetric: bool,
     scale_dtype: torch.dtype,

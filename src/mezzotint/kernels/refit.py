@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mezzotint.core.curvature import Squares
 from mezzotint.errors import ConfigError
 from mezzotint.kernels import _native, reference
 from mezzotint.kernels._dispatch import as_float32, check_bits, check_blocks, takes_native, thread_count
@@ -20,7 +21,7 @@ def refit_group_(
     bits: int,
     symmetric: bool,
     scale_dtype: torch.dtype,
-    joint: tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks size size"]] | None = None,
+    joint: Squares = None,
     threads: int | None = None,
     level: str | None = None,
 ) -> Float[Tensor, "2 rows"]:

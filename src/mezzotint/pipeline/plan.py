@@ -276,9 +276,8 @@ def _check_stages(matrix: str, stages: Stages) -> None:
             f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
-    # all at once: a grid that one of them cannot serve, the other often cannot either
     refusals = list(_refusals(stages))
-    if refusals:
+    if refusals:  # all at once: a grid that one cannot serve, the other often cannot either
         reasons = "; ".join(f"{stage} {reason}" for stage, reason in refusals)
         remedies = " and ".join(f"{stage}.kind=none" for stage, _ in refusals)
         raise ConfigError(f"{matrix}: {reasons}. Use {remedies}.")
