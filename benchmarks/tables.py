@@ -227,20 +227,28 @@ def corrections(suite: str, heading: str) -> list[str]:
     rows = rows_of(suite)
     if not rows:
         return []
-    losses = " | ".join(f"KL, {text} | perplexity" for text in rows[0]["evaluate"])
-    heads = f"| bits | scales | recipe | stored | {losses} | seconds of processor | peak memory, MiB |"
+    heads = f"| bits | scales | recipe | stored | {losses_heads(rows)} | seconds of processor | peak memory, MiB |"
     lines, usual = [heads, "|---" * (heads.count("|") - 1) + "|"], usual_of(rows)
     first = next(iter(rows[0]["evaluate"]))
     rows.sort(key=lambda r: (-r["settings"]["row"]["bits"], scales_of(r), r["evaluate"][first]["kl_nats"]))
     for r in rows:
         made = r["quantize"]
-        found = " | ".join(
-            f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}" for e in r["evaluate"].values()
-        )
         row = f"{r['settings']['row']['bits']} | {scales_of(r)} | {r['settings']['row']['name']}"
         costs = f"{seconds_of(r, usual)} | {made['peak_rss_bytes'] / 2**20:.0f}"
-        lines.append(f"| {row} | {made['bits_per_weight']:.2f} | {found} | {costs} |")
+        lines.append(f"| {row} | {made['bits_per_weight']:.2f} | {losses_of(r)} | {costs} |")
     return [f"{heading} Seconds are of {named(rows)}", ranges_of(suite), "", *lines]
+
+
+def losses_heads(rows: list[dict[str, Any]]) -> str:
+    """Over the columns of `losses_of`."""
+    return " | ".join(f"KL, {text} | perplexity" for text in rows[0]["evaluate"])
+
+
+def losses_of(result: dict[str, Any]) -> str:
+    """Of every text."""
+    return " | ".join(
+        f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}" for e in result["evaluate"].values()
+    )
 
 
 def scales_of(result: dict[str, Any]) -> str:
@@ -272,15 +280,11 @@ def tokens() -> list[str]:
     rows = rows_of("tokens")
     if not rows:
         return []
-    losses = " | ".join(f"KL, {text} | perplexity" for text in rows[0]["evaluate"])
-    heads = f"| recipe | windows | {losses} | seconds of processor |"
+    heads = f"| recipe | windows | {losses_heads(rows)} | seconds of processor |"
     lines = [heads, "|---" * (heads.count("|") - 1) + "|"]
     for r in sorted(rows, key=lambda r: (r["settings"]["row"]["name"], r["settings"]["row"]["samples"])):
-        found = " | ".join(
-            f"{e['kl_nats']:.3f} ± {e['kl_stderr']:.3f} | {e['perplexity']:.1f}" for e in r["evaluate"].values()
-        )
         row = r["settings"]["row"]
-        lines.append(f"| {row['name']} | {row['samples']} | {found} | {r['quantize']['cpu_seconds']:.0f} |")
+        lines.append(f"| {row['name']} | {row['samples']} | {losses_of(r)} | {r['quantize']['cpu_seconds']:.0f} |")
     heading = "SmolLM2-135M-Instruct at 3 bits in groups of 64, by windows of 512 tokens of Wikipedia, one in eight\n"
     return [heading + "held out (`python -m benchmarks tokens`), on a busy machine:", "", *lines]
 

@@ -8,6 +8,8 @@ from mezzotint.kernels import _native
 
 _LANES = 16
 _HALVES = (torch.bfloat16, torch.float16)
+# Low bits of a float32 that a scale of this dtype does not have.
+_DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 def available_levels() -> tuple[str, ...]:
@@ -78,6 +80,17 @@ def check_bits(bits: int, lowest: int = 1) -> None:
     """
     if not lowest <= bits <= 8:
         raise ConfigError(f"bits is {bits}; use {lowest} to 8.")
+
+
+def dropped_bits(scale_dtype: torch.dtype) -> int:
+    """How the C++ kernels name a dtype that scales are rounded to.
+
+    Raises:
+        ConfigError: scales are not stored in it.
+    """
+    if scale_dtype not in _DROPPED_BITS:
+        raise ConfigError(f"scale_dtype is {scale_dtype}; use torch.float32, torch.float16 or torch.bfloat16.")
+    return _DROPPED_BITS[scale_dtype]
 
 
 def group_count(columns: int, group_size: int) -> int:

@@ -12,14 +12,13 @@ from mezzotint.kernels._dispatch import (
     as_float32,
     as_native_values,
     check_bits,
+    dropped_bits,
     group_count,
     takes_native,
     thread_count,
 )
 
 POWERS = (2.0, 2.5, 3.0)
-# Low bits of a float32 that a scale of this dtype does not have.
-DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 def min_max_range(
@@ -163,11 +162,10 @@ def _search_native(
     weight = None if importance is None else as_float32(importance)
     bits, span, symmetric, power, scale_dtype, threads, level = settings
     arrays = as_native_values(values), weight, as_float32(fractions), scale, zero_point
-    _native.search(*arrays, group_size, bits, span, symmetric, power, DROPPED_BITS[scale_dtype], threads, level)
+    _native.search(*arrays, group_size, bits, span, symmetric, power, dropped_bits(scale_dtype), threads, level)
     return scale, zero_point
 
 
 def _check(bits: int, symmetric: bool, scale_dtype: torch.dtype) -> None:
     check_bits(bits, 2 if symmetric else 1)
-    if scale_dtype not in DROPPED_BITS:
-        raise ConfigError(f"scale_dtype is {scale_dtype}; use torch.float32, torch.float16 or torch.bfloat16.")
+    dropped_bits(scale_dtype)

@@ -5,10 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.curvature import Squares
-from mezzotint.errors import ConfigError
 from mezzotint.kernels import _native, reference
-from mezzotint.kernels._dispatch import as_float32, check_bits, check_blocks, takes_native, thread_count
-from mezzotint.kernels.ranges import DROPPED_BITS
+from mezzotint.kernels._dispatch import as_float32, check_bits, check_blocks, dropped_bits, takes_native, thread_count
 
 
 def refit_group_(
@@ -67,8 +65,7 @@ def refit_group_(
         tensor([1.5000])
     """
     check_bits(bits)
-    if scale_dtype not in DROPPED_BITS:
-        raise ConfigError(f"scale_dtype is {scale_dtype}; use torch.float32, torch.float16 or torch.bfloat16.")
+    dropped = dropped_bits(scale_dtype)
     grid = {"bits": bits, "symmetric": symmetric, "scale_dtype": scale_dtype}
     if joint is None:
         return reference.refit_group_(scale, zero_point, pulls, bends, flat, **grid)
@@ -83,11 +80,11 @@ def refit_group_(
         return steps.to(scale.device)
     if not takes_native(level, scale, zero_point, pulls, bends, *joint):
         return reference.refit_group_(scale, zero_point, pulls, bends, flat, joint=joint, **grid)
-    own = as_float32(scale).clone(), as_float32(zero_point).clone()
+    own = as_float32(scale), as_float32(zero_point)
     steps = torch.empty(2, len(scale))
     arrays = as_float32(pulls).clone(), as_float32(bends)
     squares = as_float32(joint[0]).flatten(0, 1), as_float32(joint[1]).flatten(0, 1)
-    settings = bits, symmetric, DROPPED_BITS[scale_dtype], thread_count(threads), level or ""
+    settings = bits, symmetric, dropped, thread_count(threads), level or ""
     _native.refit(*own, *arrays, float(flat), *squares, steps, *settings)
     scale.copy_(own[0])
     zero_point.copy_(own[1])

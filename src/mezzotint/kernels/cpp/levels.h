@@ -71,7 +71,7 @@ struct GptqArgs {
     float* error;             // [rows, k]
     std::int64_t k;
     float top;
-    const float* taken;       // [blocks, block, block] : [., i, l] is what row l takes of the error of row i; or null
+    const float* taken;       // [blocks, block, block]: [., i, l] is what row l takes of the error of row i; or null
     std::int64_t rows, block; // block: a multiple of 16; 16 where rows are independent
 };
 
