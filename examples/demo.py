@@ -5,6 +5,7 @@ Run with ``make demo``. Works offline once the demo model's package has been fet
 
 import argparse
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -51,7 +52,9 @@ def write_words(folder: Path) -> str:
 def main() -> None:
     """The whole demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where models are written")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(os.path.relpath(ROOT / "demo")), help="where models are written"
+    )
     folder = parser.parse_args().folder
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ from pipeline.runs import TEXT, TINY_LLAMA, least_memory, quantized
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Ctrl-C is heard, though a shell may have started the tests in its background, where it is not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -107,6 +115,20 @@ def test_a_second_ctrl_c_stops_at_once(mezzotint: Run, tmp_path: Path, monkeypat
     assert answer.code == 1
     assert "--resume continues it" in answer.stderr
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_ctrl_c_stays_ignored(mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = Solver._one
+
+    def press(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return solve(*arguments, **options)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(Solver, "_one", press)
+    answer = mezzotint("quantize", TINY_LLAMA, "--out", tmp_path / "out", *SMALL)
+    assert answer.code == 0, answer.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_place_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,14 @@ def test_corrections_are_not_counted_twice(rounding: str) -> None:
     with pytest.raises(ConfigError, match=r"counts twice. Use target.kind=weight"):
         plan_of(TINY_LLAMA, settings={"rounding.kind": rounding, "target.kind": "qep"})
     plan_of(TINY_LLAMA, settings={"rounding.kind": rounding})
+    # what corrects nothing may stand beside it
+    plan_of(TINY_LLAMA, settings={"rounding.kind": rounding, "target.kind": "qep", "target.alpha": 0})
+
+
+@pytest.mark.parametrize("rounding", ["gptaq", "qronos"])
+def test_corrections_are_not_taken_back(rounding: str) -> None:
+    with pytest.raises(ConfigError, match=rf"take back what rounding '{rounding}' corrects.*refinement.kind=none"):
+        plan_of(TINY_LLAMA, settings={"rounding.kind": rounding, "refinement.kind": "descent"})
 
 
 def test_nothing_left() -> None:

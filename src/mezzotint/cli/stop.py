@@ -15,8 +15,9 @@ from mezzotint.errors import RankError
 def stopping(console: Console) -> Iterator[Callable[[Any], None]]:
     """Gives a listener that raises KeyboardInterrupt behind the matrix during which Ctrl-C was pressed.
 
-    Signals reach the main thread only; in another one, nothing is changed. Of several ranks only the first has a
-    listener: the others stop because it does.
+    Signals reach the main thread only; in another one, nothing is changed. A signal that is ignored (``nohup``, jobs in
+    the background of a script) stays so. Of several ranks only the first has a listener: the others stop because it
+    does.
     """
     pressed = False
 
@@ -37,7 +38,10 @@ def stopping(console: Console) -> Iterator[Callable[[Any], None]]:
         yield check
         return
     handlers = {signal.SIGINT: press, signal.SIGTERM: at_once}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.getsignal(number) for number in handlers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handlers[number])
     try:
         yield check
     except RankError:

@@ -42,8 +42,6 @@ __all__ = [
     "Transform",
 ]
 
-# ---- targets --------------------------------------------------------------------------------------------------------
-
 
 @runtime_checkable
 class Target(Protocol):
@@ -57,8 +55,9 @@ class Target(Protocol):
     """
 
     kind: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
 
+    @property
+    def needs(self) -> frozenset[str]: ...  # noqa: D102
     @property
     def norm_scale(self) -> Literal["none", "own", "original"]: ...  # noqa: D102
     @property

@@ -25,6 +25,7 @@ from mezzotint.pipeline.importance import Importance, open_importance
 from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
 from mezzotint.pipeline.parts import check_parts
 from mezzotint.pipeline.recipe import Recipe, Stages
+from mezzotint.pipeline.refusals import check_stages
 from mezzotint.pipeline.request import Request
 from mezzotint.registry import FORMATS, ROUNDINGS, TARGETS, TRANSFORMS
 
@@ -164,7 +165,7 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
             known[key] = recipe.stages(changes)
-            _check_stages(matrix.name, known[key])
+            check_stages(matrix.name, known[key])
         stages = known[key]
         reason = _kept(source, block, matrix, rule.keep if rule else None, stages)
         if reason is not None:
@@ -256,49 +257,6 @@ def _kept(source: Source, block: Block | None, matrix: Matrix, keep: bool | None
         return f"shares storage with {matrix.tied_to}"
     if block is None and keep is None:
         return "output head: kept unless a rule {match: ..., keep: false} asks for it"
-    return None
-
-
-def _check_stages(matrix: str, stages: Stages) -> None:
-    """Refuse stages that are wrong together by mathematics."""
-    if not stages.rounding.accepts_corrected and stages.submodules is not None:
-        raise ConfigError(
-            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; what submodules aim at is already "
-            "corrected, and that counts twice. Use rounding.kind=gptq, or submodules.kind=none."
-        )
-    if not stages.rounding.accepts_corrected and "drift" in stages.target.needs:
-        raise ConfigError(
-            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target "
-            f"{stages.target.kind!r} that counts twice. Use target.kind=weight, or rounding.kind=gptq."
-        )
-    if stages.rounding.scalar_only and stages.grid.tile != (1, 1):
-        raise ConfigError(
-            f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
-            "Use rounding.kind=gptq."
-        )
-    refusals = list(_refusals(stages))
-    if refusals:  # all at once: a grid that one cannot serve, the other often cannot either
-        reasons = "; ".join(f"{stage} {reason}" for stage, reason in refusals)
-        remedies = " and ".join(f"{stage}.kind=none" for stage, _ in refusals)
-        raise ConfigError(f"{matrix}: {reasons}. Use {remedies}.")
-
-
-def _refusals(stages: Stages) -> Iterator[tuple[str, str]]:
-    """Optional stages that cannot serve the others, with what they are and why."""
-    if stages.curvature is not None and (reason := _refuses_curvature(stages)) is not None:
-        yield "curvature", f"{stages.curvature.kind!r} {reason}"
-    if stages.refinement is not None and (reason := stages.refinement.refuses(stages.grid)) is not None:
-        yield "refinement", f"{stages.refinement.kind!r} {reason}"
-
-
-def _refuses_curvature(stages: Stages) -> str | None:
-    """Why the other stages know nothing of the curvature in outputs, or change what outputs are, or None."""
-    if stages.rounding.kind != "gptq":
-        return f"is for rounding.kind=gptq, and this one is {stages.rounding.kind!r}"
-    if not isinstance(stages.grid, UniformGrid):
-        return f"is for grids of kind uniform, not {stages.grid.kind!r}"
-    if stages.transform is not None:
-        return f"is measured on the model as it is, and transform {stages.transform.kind!r} changes it"
     return None
 
 

@@ -30,6 +30,9 @@ class MatrixRecord:
         weight_error: ``||V - W||^2 / ||W||^2``.
         h_error: the same in the norm of the inputs it was fitted on; None where there were none.
         h_error_held_out: the same on the held-out windows.
+        objective: ``||W X - V Xh||^2``, with the residual stream where its drift is known, less what no V changes, over
+            ``||W Xh||^2``: below 0 where the matrix makes up for more than it adds. None where no drift was summed.
+        objective_held_out: the same on the held-out windows, where something was decided by them.
         tokens: that its statistics saw.
     """
 
@@ -38,6 +41,8 @@ class MatrixRecord:
     weight_error: float
     h_error: float | None
     h_error_held_out: float | None
+    objective: float | None
+    objective_held_out: float | None
     tokens: float
     seconds: float
     decisions: Mapping[str, float | str]
@@ -161,18 +166,20 @@ class Solver:
         rows = self._ranks.share(len(solved.value), 1)
         value = solved.value[rows.rows]
         original = solved.weight[rows.rows].to(value.dtype)
-        fit, held_out = (_gram(statistics) for statistics in (solved.known.fit, solved.known.held_out))
-        energies = [_energy(value - original), _energy(original)]
-        for gram in (fit, held_out):
-            energies += (0.0, 0.0) if gram is None else h_energies(original, value, gram)
-        energies = rows.ranks.total(*energies)
+        known = [_of_rows(statistics, rows.rows) for statistics in (solved.known.fit, solved.known.held_out)]
+        sums = [_energy(value - original), _energy(original)]
+        sums += [part for statistics in known for part in _losses(original, value, statistics)]
+        sums = rows.ranks.total(*sums)
+        fit, held_out = (_errors(s, *sums[i : i + 3]) for s, i in zip(known, (2, 5), strict=True))
         self._notify(
             MatrixRecord(
                 name=solved.matrix.name,
                 bits_per_weight=self._entries[solved.matrix.name].bits.total / solved.value.numel(),
-                weight_error=energies[0] / max(energies[1], 1e-30),
-                h_error=None if fit is None else relative(*energies[2:4]),
-                h_error_held_out=None if held_out is None else relative(*energies[4:]),
+                weight_error=sums[0] / max(sums[1], 1e-30),
+                h_error=fit[0],
+                h_error_held_out=held_out[0],
+                objective=fit[1],
+                objective_held_out=held_out[1],
                 tokens=0.0 if solved.known.fit is None else solved.known.fit.tokens,
                 seconds=solved.seconds,
                 decisions=solved.decisions,
@@ -352,9 +359,24 @@ def _energy(values: Tensor) -> float:
     return float(flat @ flat)
 
 
-def _gram(statistics: Statistics | None) -> Tensor | None:
-    """What to measure errors by, where there were inputs."""
-    return statistics.gram if statistics is not None and statistics.tokens > 0 else None
+def _losses(weight: Tensor, value: Tensor, known: Statistics | None) -> tuple[float, float, float]:
+    """``tr(E H E')`` for ``E = V - W``, ``tr(W H W')``, and what E takes off the drift, ``2 tr((W D + Gamma) E')``."""
+    if known is None:
+        return 0.0, 0.0, 0.0
+    error, energy = h_energies(weight, value, known.gram)
+    if known.drift is None:
+        return error, energy, 0.0
+    pull = weight @ known.drift
+    if known.residual is not None:
+        pull = pull + known.residual
+    return error, energy, 2 * float((pull * (value - weight)).sum())
+
+
+def _errors(known: Statistics | None, error: float, energy: float, gain: float) -> tuple[float | None, float | None]:
+    """``h_error`` and ``objective`` of a record."""
+    if known is None or known.tokens == 0:
+        return None, None
+    return relative(error, energy), None if known.drift is None else relative(error - gain, energy)
 
 
 def _of_rows(statistics: Statistics | None, rows: slice) -> Statistics | None:

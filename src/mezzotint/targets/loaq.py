@@ -36,12 +36,18 @@ class Loaq:
     beta: float = 0.75
     damping: float = 0.3
     norm_aware: Literal["no", "own", "original"] = "no"
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift", "residual"})
 
     def __post_init__(self) -> None:
         for name, value, limit in (("alpha", self.alpha, 1), ("beta", self.beta, 1), ("damping", self.damping, 100)):
             if not 0 <= value <= limit:
                 raise ConfigError(f"target.{name} is {value}; it must be from 0 to {limit}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What strengths above 0 are of: at 0 and 0, nothing is summed."""
+        if self.beta == 0:
+            return frozenset({"gram", "drift"}) if self.alpha > 0 else frozenset()
+        return frozenset({"gram", "drift", "residual"})
 
     @property
     def norm_scale(self) -> Literal["none", "own", "original"]:
@@ -55,13 +61,16 @@ class Loaq:
             ConfigError: there are no statistics with drift.
         """
         w = weight if weight.dtype == torch.float64 else weight.float()
+        if not self.needs:
+            return Aim(matrix=w)
         if fit is None or fit.drift is None:
             raise ConfigError("target 'loaq' needs statistics of both streams; use target 'weight' instead.")
         pull = self.alpha * (w @ fit.drift)
+        decisions: dict[str, float | str] = {}
         if fit.residual is not None:
             pull = pull + self.beta * fit.residual
-        # where nothing is added unchanged to the stream, this is QEP, and the report says so
-        decisions: dict[str, float | str] = {"beta": 0.0 if fit.residual is None else self.beta}
+        elif self.beta > 0:
+            decisions["loaq"] = "as qep: what this matrix gives is not added to the stream as it is"
         decisions |= fit.ridge(self.damping).needed("target.damping", self.damping)
         matrix = w + fit.solve(pull, self.damping)
         return Aim(matrix=matrix, corrected=True, decisions=decisions)

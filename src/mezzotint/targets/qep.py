@@ -32,13 +32,17 @@ class Qep:
     alpha: float | Literal["auto"] = 0.5
     damping: float = 1.0
     norm_scale: ClassVar[Literal["none"]] = "none"
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "drift"})
 
     def __post_init__(self) -> None:
         if self.alpha != "auto" and not 0 <= self.alpha <= 1:
             raise ConfigError(f"target.alpha is {self.alpha}; it must be from 0 to 1, or auto.")
         if not 0 <= self.damping <= 100:
             raise ConfigError(f"target.damping is {self.damping}; it must be from 0 to 100 (typical 0.01 to 1).")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing at strength 0: there, no drift is summed."""
+        return frozenset({"gram", "drift"}) if self.alpha != 0 else frozenset()
 
     @property
     def decides(self) -> bool:
@@ -52,12 +56,12 @@ class Qep:
             ConfigError: there are no statistics with drift, or ``auto`` has no held-out ones.
         """
         w = weight if weight.dtype == torch.float64 else weight.float()
+        if self.alpha == 0:
+            return Aim(matrix=w)
         if fit is None or fit.drift is None:
             raise ConfigError("target 'qep' needs calibration statistics of both streams; use target 'weight' instead.")
         drift = fit.drift
         if self.alpha != "auto":
-            if self.alpha == 0:
-                return Aim(matrix=w)
             matrix = w + self.alpha * fit.solve(w @ drift, self.damping)
             needed = fit.ridge(self.damping).needed("target.damping", self.damping)
             return Aim(matrix=matrix, corrected=True, decisions=needed)
@@ -71,7 +75,8 @@ class Qep:
                 candidate = w + alpha * correction
                 loss = judge.value(candidate).sum()
                 if loss < best:
-                    best, chosen, decisions = loss, candidate, {"alpha": alpha, "damping": damping}
+                    best, chosen = loss, candidate
+                    decisions = {"alpha": alpha, "damping": fit.ridge(damping).damping}
         return Aim(matrix=chosen, corrected=decisions["alpha"] > 0, decisions=decisions)
 
 
