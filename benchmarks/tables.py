@@ -289,11 +289,11 @@ def tokens() -> list[str]:
     return [heading + "held out (`python -m benchmarks tokens`), on a busy machine:", "", *lines]
 
 
-def screened() -> list[str]:
-    """Every correction with every range on the small model."""
+def screened(suite: str, heading: str) -> list[str]:
+    """Losses of the small model by bits and scales, a recipe a row."""
     columns = [(bits, size) for bits in (4, 3, 2) for size in ("null", "32")]
     found: dict[str, dict[tuple[int, str], float]] = {}
-    for r in rows_of("corrections"):
+    for r in rows_of(suite):
         row = r["settings"]["row"]
         size = next(s.split("=")[1] for s in row["set"] if s.startswith("grid.group_size="))
         found.setdefault(row["name"], {})[row["bits"], size] = r["evaluate"]["kl_nats"]
@@ -302,12 +302,26 @@ def screened() -> list[str]:
     for name, losses in found.items():
         cells = (f"{losses[column]:.3f}" if column in losses else "" for column in columns)
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [heading, ranges_of(suite), "", *lines]
+
+
+def departures() -> list[str]:
+    """What differs between papers and their authors' code."""
+    heading = (
+        "stories260k, protocol *screen*: papers against their authors' code (`python -m benchmarks departures`). KL in "
+        "nats a\ntoken by bits, with a scale a row or for groups of 32 columns:"
+    )
+    return screened("departures", heading)
+
+
+def every_range() -> list[str]:
+    """Every correction with every range."""
     heading = (
         "stories260k, protocol *screen*: KL in nats per token by bits, with a scale a row or for groups of 32 columns; "
         "`plain` ranges\nminimise the squared error of weights, `weighted` ones that of the inputs' energies "
         "(`python -m benchmarks corrections`).\nNumbers behind `qep` are strength and damping:"
     )
-    return [heading, ranges_of("corrections"), "", *lines]
+    return screened("corrections", heading)
 
 
 def gguf_files() -> list[str]:
@@ -483,7 +497,9 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
     docs = ROOT / "docs"
     return {
         ROOT / "README.md": (recipes("docs/peers.md"), generation(), costs()),
-        docs / "propagation.md": tuple(block for block in (tokens(), screened(), *all_corrections()) if block),
+        docs / "propagation.md": tuple(
+            block for block in (tokens(), departures(), every_range(), *all_corrections()) if block
+        ),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(), latencies()),
         docs / "submodules.md": (submodules(), submodules_short()),

@@ -100,11 +100,32 @@ def test_inspect(mezzotint: Run, finished: Path) -> None:
     assert report == json.loads((finished / "mezzotint.json").read_text(encoding="utf-8"))
 
 
+PAPERS = {
+    "rtn": "2210.17323",
+    "gptq": "2210.17323",
+    "qep-rtn": "2504.09629",
+    "qep-gptq": "2504.09629",
+    "loaq-rtn": "2509.06297",
+    "loaq-gptq": "2509.06297",
+    "gptaq": "2504.02692",
+    "qronos": "2505.11695",
+    "default": "2509.06297",
+}
+
+
 def test_recipes(mezzotint: Run) -> None:
     shown = mezzotint("recipes")
     assert shown.code == 0
-    assert {"default", "rtn", "gptq"} <= set(shown.stdout.replace("│", " ").split())
-    assert mezzotint("recipes", "--json").last_object["recipes"]["gptq"]["paper"].startswith("arXiv")
+    papers, name = dict[str, str](), ""
+    for row in (line.split("│")[1:-1] for line in shown.stdout.splitlines() if line.startswith("│")):
+        name = row[0].strip() or name  # what does not fit goes on in rows without a name
+        papers[name] = f"{papers.get(name, '')} {row[2].strip()}"
+    found = mezzotint("recipes", "--json").last_object["recipes"]
+    assert papers.keys() == found.keys()
+    for recipe, number in PAPERS.items():
+        assert "arXiv" in papers[recipe]
+        assert number in papers[recipe]
+        assert papers[recipe].strip() == found[recipe]["paper"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,13 +7,20 @@ import torch
 from mezzotint.core.curvature import Curvature, Fisher
 from mezzotint.errors import ConfigError
 
+SHAPES = ["random", "zero", "rank one", "dead rows"]
 
-def measured(rows, size, seed=0):
+
+def measured(rows, size, seed=0, shape="random"):
     generator = torch.Generator().manual_seed(seed)
     count = -(-rows // size)
     g = torch.zeros(200, count * size, dtype=torch.float64)
-    g[:, :rows] = torch.randn(200, rows, generator=generator, dtype=torch.float64) * torch.rand(rows).double()
+    g[:, :rows] = torch.randn(200, rows, generator=generator, dtype=torch.float64)
+    g[:, :rows] *= torch.rand(rows, generator=generator).double()
     g[:, :rows] += g[:, :1]
+    if shape == "rank one":
+        g[1:] = 0
+    elif shape != "random":
+        g[:, :: 1 if shape == "zero" else 3] = 0
     g = g.unflatten(1, (count, size)).transpose(0, 1)
     return Curvature(blocks=g.mT @ g, rows=rows)
 
@@ -53,10 +60,11 @@ def test_rows_of_whole_blocks_can_be_taken():
     assert found.take_rows(slice(0, 64)).blocks.shape == (2, 32, 32)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [32, 50])
-def test_each_row_takes_what_is_best_while_those_behind_it_are_free(rows):
+def test_each_row_takes_what_is_best_while_those_behind_it_are_free(rows, shape):
     """With errors of the rows before it fixed, the best of the others solves the normal equations of the rest."""
-    found = measured(rows, 32).damped(0.03)
+    found = measured(rows, 32, shape=shape).damped(0.03)
     order, taken = found.feedback()
     assert sorted(order.tolist()) == list(range(rows))
     assert torch.equal(order // 32, torch.arange(rows) // 32)

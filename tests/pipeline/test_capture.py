@@ -232,26 +232,26 @@ def test_a_run_that_starts_anew_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "memory", "passes"),
+    ("recipe", "memory", "passes"),
     [
         # passes of fit batches and of held-out batches; four groups a block
-        ({}, None, (1, 2)),
-        ({"target.kind": "qep"}, None, (2, 2)),
-        ({"target.kind": "qep"}, "least", (1 + 5, 1 + 5)),
-        ({"rounding.kind": "nearest", "grid.range": "error"}, None, (0, 0)),
+        ("gptq", None, (1, 2)),
+        *((recipe, None, (2, 2)) for recipe in ("qep-gptq", "loaq-gptq", "gptaq", "qronos", "default")),
+        ("qep-gptq", "least", (1 + 5, 1 + 5)),
+        ("rtn", None, (0, 0)),
     ],
 )
 def test_each_block_runs_once_a_stream(
-    settings: dict[str, Any], memory: str | None, passes: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
+    recipe: str, memory: str | None, passes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tiny_folder: Folder,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    counter = Counter(monkeypatch)
+    counter, model = Counter(monkeypatch), tiny_folder("llama")
     # 2 windows a batch: 14 fit windows, 2 held out
     monkeypatch.setattr("mezzotint.pipeline.memory.BATCH_TOKENS", 64)
-    limit = None if memory is None else least_memory(TINY_LLAMA, settings=settings, samples=16)
-    quantized(TINY_LLAMA, tmp_path / "out", settings=settings, memory=limit, samples=16)
+    limit = None if memory is None else least_memory(model, recipe, samples=16)
+    quantized(model, tmp_path / "out", recipe, memory=limit, samples=16)
     expected = 7 * passes[0] + passes[1]
-    assert set(counter.calls.values()) == ({expected} if expected else set())
+    assert counter.calls == ({block.path: expected for block in open_model(model).map.blocks} if expected else {})
     assert torch.is_grad_enabled()
 
 

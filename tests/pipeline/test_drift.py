@@ -1,8 +1,11 @@
 """Following the error of the first blocks through the rest of the model."""
 
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +49,25 @@ def test_there_are_only_so_many_blocks(blocks: int) -> None:
         measure_drift([request_of(TINY_LLAMA, "rtn", engine="dense")], blocks)
 
 
+def check_lines(drawn: str, expected: dict[str, list[float]]) -> None:
+    """One line a recipe, each with its name in the legend, through the logarithms of its errors."""
+    assert drawn.startswith("<?xml")
+    for name in expected:
+        assert drawn.count(f"<!-- {name} -->") == 1
+    lines: dict[str, list[list[float]]] = {}
+    for path in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}path"):
+        drawing = path.get("d", "")
+        if path.get("clip-path") and drawing.count("L") == 2:  # grid lines have one, and areas more
+            points = re.split("[ML]", drawing)[1:]
+            lines[path.get("style", "")] = [[float(place) for place in point.split()] for point in points]
+    assert len(lines) == len(expected), "each in a style of its own"
+    (x, y), errors = np.moveaxis(np.array([*lines.values()]), 2, 0), np.array([*expected.values()])
+    np.testing.assert_allclose(np.diff(x), x[0, 1] - x[0, 0], rtol=1e-5)
+    slope, offset = np.polyfit(np.log(errors).flatten(), y.flatten(), 1)
+    assert slope < 0, "down the page"
+    np.testing.assert_allclose(slope * np.log(errors) + offset, y, rtol=1e-5)
+
+
 def test_on_the_command_line(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -61,8 +83,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     found = json.loads(answer.stdout)
     assert [one["recipe"] for one in found["drift"]] == ["rtn", "gptq"]
     assert all(len(one["absolute"]) == len(one["relative"]) == 3 for one in found["drift"])
-    drawn = plot.read_text(encoding="utf-8")
-    assert drawn.startswith("<?xml")
+    check_lines(plot.read_text(encoding="utf-8"), {one["recipe"]: one["relative"] for one in found["drift"]})
     shown = run("--recipe", "rtn", "--blocks", "1")
     assert "the first 1 quantized" in " ".join(shown.stdout.split())
     assert f"{found['drift'][0]['relative'][2]:.3%}" in shown.stdout

@@ -179,10 +179,12 @@ def test_too_few_tokens_fall_back_to_nothing_known(target: str, collected: Found
 
 def test_nothing_measured_is_not_reported_as_no_error(collected: Found, tmp_path: Path) -> None:
     model = tiny("qwen3_moe", tmp_path)
-    report = quantized(model, tmp_path / "out", samples=2, seqlen=8)
+    report = quantized(model, tmp_path / "out", samples=2, seqlen=8, settings={"refinement.kind": "descent"})
     unseen = 0
     for linear in report["linears"]:
         fit, held_out = collected[linear["name"]]
+        unjudged = linear["decisions"]["refinement"].startswith("refused: nothing is held out")
+        assert unjudged == (held_out.tokens == 0)
         assert (linear["h_error"] is None) == (fit.tokens == 0)
         assert (linear["h_error_held_out"] is None) == (held_out.tokens == 0)
         unseen += fit.tokens == 0 or held_out.tokens == 0
@@ -210,27 +212,31 @@ def test_the_head_gets_statistics_of_the_last_stream(target: str, collected: Fou
 
 @pytest.mark.parametrize("kind", ["own", "original"])
 def test_norm_aware_sums(kind: str, collected: Found, tmp_path: Path) -> None:
-    """Each token over the root mean square of the stream that the original weight makes of it."""
-    options: dict[str, Any] = {"bits": 3, "settings": {"target.kind": "loaq", "target.norm_aware": kind}, "samples": 16}
+    """Each token over the root mean square of the stream that the original weight makes of it.
+
+    Those held out likewise: what a refinement is judged by must be weighted as what it is fitted on.
+    """
+    settings = {"target.kind": "loaq", "target.norm_aware": kind, "refinement.kind": "descent"}
+    options: dict[str, Any] = {"bits": 3, "settings": settings, "samples": 16}
     quantized(TINY_LLAMA, tmp_path / "out", **options)
     source = open_model(TINY_LLAMA)
-    fit, _ = windows_of(source, request_of(TINY_LLAMA, **options))
     models = stock(TINY_LLAMA, torch.float64), quantized_twin(TINY_LLAMA, tmp_path / "out")
-    before, after = (run(model, source, fit.tokens, fit.mask) for model in models)
     norms = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}
-    for name, (statistics, _) in collected.items():
-        block, part = name.rsplit(".", 2)[0], name.rsplit(".", 1)[1]
-        x, xh = before[name], after[name]
-        if part in norms:
-            weight = models[0].get_parameter(f"{name}.weight")
-            r, rh = before[f"{block}.{norms[part]}"], after[f"{block}.{norms[part]}"]
-            n = 1 / (r + x @ weight.T).square().mean(1, keepdim=True).sqrt()
-            nh = 1 / (rh + xh @ weight.T).square().mean(1, keepdim=True).sqrt() if kind == "own" else n
-            x, xh = x * n, xh * nh
-            assert statistics.residual is not None
-            assert_sum(statistics.residual, r * n - rh * nh, xh, size=r * n)
-        else:
-            assert statistics.residual is None
-        assert_sum(statistics.gram, xh, xh, size=xh)
-        assert statistics.drift is not None
-        assert_sum(statistics.drift, x - xh, xh, size=x)
+    for part, windows in enumerate(windows_of(source, request_of(TINY_LLAMA, **options))):
+        before, after = (run(model, source, windows.tokens, windows.mask) for model in models)
+        for name, both in collected.items():
+            statistics, (block, role) = both[part], (name.rsplit(".", 2)[0], name.rsplit(".", 1)[1])
+            x, xh = before[name], after[name]
+            if role in norms:
+                weight = models[0].get_parameter(f"{name}.weight").detach()
+                r, rh = before[f"{block}.{norms[role]}"], after[f"{block}.{norms[role]}"]
+                n = 1 / (r + x @ weight.T).square().mean(1, keepdim=True).sqrt()
+                nh = 1 / (rh + xh @ weight.T).square().mean(1, keepdim=True).sqrt() if kind == "own" else n
+                x, xh = x * n, xh * nh
+                assert statistics.residual is not None
+                assert_sum(statistics.residual, r * n - rh * nh, xh, size=r * n)
+            else:
+                assert statistics.residual is None
+            assert_sum(statistics.gram, xh, xh, size=xh)
+            assert statistics.drift is not None
+            assert_sum(statistics.drift, x - xh, xh, size=x)

@@ -14,6 +14,8 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.rounding.refine import Descent, best_rows, descend_codes, refit_parameters
 from mezzotint.targets.qep import quadratic_of
+from mezzotint.testing import strategies
+from targets.test_qep import DIFFICULT, difficult_tokens
 
 ROWS, WIDTH, SIZE = 40, 150, 16  # a short block of rows, a ragged group and a second block of columns
 
@@ -109,6 +111,48 @@ def test_every_step_of_refinement_lowers_the_loss_of_every_block(start):
         lambda grid: Gptq().round(Aim(matrix=weight, curvature=curvature), grid, fit),
     )
     torch.testing.assert_close(whole.value, current.value)
+
+
+def degenerate(kind, rows, dtype):
+    """Curvature of one short block, from gradients that leave directions or whole rows unseen."""
+    g = torch.randn(SIZE, 1 if kind == "rank one" else 40, generator=torch.Generator().manual_seed(1))
+    g *= kind != "zero"
+    g[rows:] = 0
+    if kind == "dead rows":
+        g[1:3] = 0
+    return Curvature(blocks=(g @ g.T)[None].to(dtype), rows=rows).damped(0.1)
+
+
+@pytest.mark.parametrize("shape", ["random", "zero", "rank one", "dead rows"])
+@pytest.mark.parametrize("kind", DIFFICULT)
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+def test_singular_curvature_of_singular_inputs_never_raises_the_loss(shape, kind, dtype):
+    """Inputs that are constant, zero, equal or few, and gradients likewise: by the tokens themselves."""
+    weight, tokens = difficult_tokens(kind, dtype)
+    fit, curvature = tokens.statistics(), degenerate(shape, len(weight), dtype)
+    square = curvature.blocks[0, : len(weight), : len(weight)].double()
+    grid = UniformGrid(bits=3, group_size=5, scale_dtype="bfloat16").fit(weight, fit.importance)
+
+    def loss(value):
+        x, xh, r = (t.double() for t in (tokens.original, tokens.quantized, tokens.difference))
+        error = x @ weight.double().T + r - xh @ value.double().T
+        return float((error @ square * error).sum())
+
+    current = Gptq().round(Aim(matrix=weight, curvature=curvature), grid, fit)
+    assert bool(current.before.isfinite().all())
+    if shape == "zero":
+        assert torch.equal(current.code, Gptq().round(Aim(matrix=weight), grid, fit).code)
+    quadratic = quadratic_of(weight, fit, curvature=curvature)
+    first = last = loss(current.value)
+    for step in (descend_codes, refit_parameters) * 2:
+        current = step(current, quadratic)
+        now = loss(current.value)
+        assert now <= last * (1 + 1e-6)
+        assert bool(current.value.isfinite().all())
+        assert bool((current.grid.scale > 0).all())
+        torch.testing.assert_close(current.value, current.grid.decode(current.code))
+        last = now
+    assert (last < first) == (kind != "all zero")
 
 
 @pytest.mark.parametrize("step", [descend_codes, refit_parameters])

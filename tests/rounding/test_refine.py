@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grids.toy_vector import ToyVectorGrid
 from mezzotint.core.contracts import Aim
@@ -13,6 +15,18 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.registry import ROUNDINGS
 from mezzotint.rounding.refine import Descent, best_rows, descend_codes, refit_parameters
 from mezzotint.targets.qep import quadratic_of
+from mezzotint.testing import strategies
+from mezzotint.testing.problems import make_tokens
+from reference import qep as reference
+from targets.test_qep import DIFFICULT, difficult_tokens
+
+few_bits = st.builds(
+    UniformGrid,
+    bits=st.integers(2, 4),
+    group_size=st.sampled_from([None, 1, 3, 8]),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
 
 
 def problem(kind, symmetric=False, scale_dtype="float32", width=96):
@@ -52,6 +66,58 @@ def test_every_step_lowers_the_quadratic_of_every_row(kind, symmetric, scale_dty
     assert not torch.equal(refitted.scale, grid.scale)
     whole = Descent(passes=2).refine(round_on(grid), weight, quadratic, round_on)
     torch.testing.assert_close(whole.value, current.value)
+
+
+def loss(value, weight, tokens):
+    """Of each row, from the tokens themselves: of what the stream has behind the matrix."""
+    arrays = (t.double().numpy() for t in (value, weight, tokens.original, tokens.quantized, tokens.difference))
+    return torch.from_numpy(reference.loss(*arrays))
+
+
+def assert_in_step(found):
+    assert bool(found.value.isfinite().all())
+    assert bool((found.grid.scale > 0).all())
+    torch.testing.assert_close(found.value, found.grid.decode(found.code))
+    assert torch.equal(found.grid.storable(found.grid.scale), found.grid.scale)
+
+
+@given(problem=strategies.linear_problems(few_bits, dtypes=(torch.float64,)), kind=st.sampled_from(["nearest", "gptq"]))
+def test_no_step_raises_the_loss_of_any_row(problem, kind):
+    quadratic = quadratic_of(problem.weight, problem.statistics)
+    current = ROUNDINGS[kind]().round(problem.aim, problem.grid, problem.statistics)
+    tokens = make_tokens(problem.settings)
+    last = loss(current.value, problem.weight, tokens)
+    for step in (descend_codes, refit_parameters) * 3:
+        current = step(current, quadratic)
+        now = loss(current.value, problem.weight, tokens)
+        assert (now <= last * (1 + 1e-6)).all()
+        assert_in_step(current)
+        last = now
+
+
+@pytest.mark.parametrize("kind", DIFFICULT)
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+@pytest.mark.parametrize("settings", [{"group_size": None}, {"group_size": 5, "symmetric": True}])
+def test_singular_inputs_raise_the_loss_of_no_row(kind, dtype, settings):
+    weight, tokens = difficult_tokens(kind, dtype)
+    fit = tokens.statistics()
+    grid = UniformGrid(bits=3, scale_dtype="bfloat16", **settings)
+
+    def round_on(grid):
+        return ROUNDINGS["gptq"]().round(Aim(matrix=weight), grid, fit)
+
+    rounded = round_on(grid.fit(weight, fit.importance))
+    before = loss(rounded.value, weight, tokens)
+    for starts in ((), ("nearest", "clipped", "refitted")):
+        found = Descent(starts=starts).refine(rounded, weight, quadratic_of(weight, fit), round_on)
+        after = loss(found.value, weight, tokens)
+        assert (after <= before * (1 + 1e-6)).all()
+        assert_in_step(found)
+        if kind == "all zero":
+            assert torch.equal(found.code, rounded.code)
+            assert torch.equal(found.grid.scale, rounded.grid.scale)
+        else:
+            assert after.sum() < before.sum()
 
 
 def test_zero_points_are_refitted_where_that_helps():

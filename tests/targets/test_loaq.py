@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mezzotint.core.statistics import Accumulator
 from mezzotint.errors import ConfigError
+from mezzotint.pipeline.tokens import Compared, normed
 from mezzotint.targets.loaq import Loaq
 from mezzotint.targets.qep import Qep, quadratic_of
 from mezzotint.testing import strategies
@@ -50,6 +52,42 @@ def test_at_full_strength_it_minimises_the_error_of_the_stream(seed):
     quadratic = quadratic_of(weight, tokens.statistics())
     gradient = value @ quadratic.gram.numpy() - quadratic.cross.numpy()
     np.testing.assert_allclose(gradient, 0, atol=1e-9 * np.abs(quadratic.cross.numpy()).max())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_through_the_norm_it_minimises_what_the_next_layer_sees(own):
+    """With scales of tokens held fixed the target is the minimiser; with them free it still loses least."""
+    g = torch.Generator().manual_seed(0)
+    tokens, inputs, outputs = 400, 10, 6
+    w = torch.randn(outputs, inputs, generator=g, dtype=torch.float64)
+    loud = torch.rand(tokens, 1, generator=g, dtype=torch.float64).mul(3).exp()  # tokens differ in size
+    x, r = (loud * torch.randn(tokens, n, generator=g, dtype=torch.float64) for n in (inputs, outputs))
+    xh, rh = (t + 0.3 * loud * torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (x, r))
+    rh = rh - 0.2 * xh @ torch.randn(inputs, outputs, generator=g, dtype=torch.float64)  # of which inputs tell
+    seen = normed(Compared(quantized=xh, original=x, stream=rh, original_stream=r), w, None, own=own)
+    sums = Accumulator(inputs, frozenset({"gram", "drift", "residual"}), rows=outputs, dtype=torch.float64)
+    sums.add(seen.quantized, original=seen.original, residual=seen.residual)
+    aims = {
+        "norm": Loaq(alpha=1.0, beta=1.0, damping=0.0).aim(w, sums.finish(), None).matrix,
+        "plain": Loaq(alpha=1.0, beta=1.0, damping=0.0).aim(w, plain_sums(x, xh, r, rh), None).matrix,
+        "qep": Qep(alpha=1.0, damping=0.0).aim(w, plain_sums(x, xh, r, rh), None).matrix,
+        "none": w,
+    }
+
+    def size(stream):
+        return stream.square().mean(1, keepdim=True).sqrt()
+
+    out, held = r + x @ w.t(), size((rh + xh @ w.t()) if own else (r + x @ w.t()))
+    slope = ((rh + xh @ aims["norm"].t()) / held - out / size(out)).t() @ (xh / held)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
+    free = {k: float(((y := rh + xh @ v.t()) / size(y) - out / size(out)).square().sum()) for k, v in aims.items()}
+    assert free["norm"] < free["plain"] < min(free["qep"], free["none"])
+
+
+def plain_sums(x, xh, r, rh):
+    sums = Accumulator(x.shape[1], frozenset({"gram", "drift", "residual"}), rows=r.shape[1], dtype=torch.float64)
+    sums.add(xh, original=x, residual=r - rh)
+    return sums.finish()
 
 
 @given(problem=strategies.linear_problems(), alpha=strengths, damping=dampings)
