@@ -110,7 +110,7 @@ def twin(g: dict[str, Tensor], bits: int, *, joint: bool, symmetric: bool) -> tu
             before = loss(), scale[r], zero_point[r], difference[r].copy()
             if what == "scale":
                 new = scale[r] - slope / bend
-                if new <= 0:
+                if not scale[r] / 2 < new < 2 * scale[r]:
                     continue
                 difference[r] += (new - scale[r]) * shape
                 scale[r] = new

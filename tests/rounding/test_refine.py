@@ -120,6 +120,25 @@ def test_singular_inputs_raise_the_loss_of_no_row(kind, dtype, settings):
             assert after.sum() < before.sum()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_codes_that_cancel_over_equal_inputs_leave_scales_alone(seed):
+    """There ``c G c'`` is rounding noise, and a quotient by it anything: scales grew a million times."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 4, generator=generator).repeat_interleave(4, 1)
+    sums = Accumulator(16, frozenset())
+    sums.add(x)
+    weight, fit = torch.randn(64, 16, generator=generator), sums.finish()
+    grid = UniformGrid(bits=3, group_size=4, scale_dtype="float32").fit(weight, fit.importance)
+    rounded = ROUNDINGS["gptq"]().round(Aim(matrix=weight), grid, fit)
+    found = Descent(passes=4).refine(rounded, weight, quadratic_of(weight, fit), lambda _: rounded)
+
+    def lost(value):
+        return ((value.double() - weight.double()) @ x.double().t()).square().sum(1)
+
+    assert found.grid.scale.max() < 2 * grid.scale.max()
+    assert (lost(found.value) <= lost(rounded.value) * (1 + 1e-5) + 1e-9).all()
+
+
 def test_zero_points_are_refitted_where_that_helps():
     _, quadratic, round_on, grid = problem("nearest")
     shifted = grid.with_parameters(grid.scale, (grid.zero_point + 2).clamp(0, 7))

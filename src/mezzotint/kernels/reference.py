@@ -356,7 +356,8 @@ def _refit(
     tiny = torch.finfo(scale.dtype).tiny
     bend, both, flat = bends
     ideal = scale - pulls[0] / bend.clamp_min(tiny)
-    step = torch.where((bend > tiny) & (ideal > 0), _stored(ideal, scale_dtype) - scale, 0.0)
+    near = (ideal > 0.5 * scale) & (ideal < 2 * scale)
+    step = torch.where((bend > tiny) & near, _stored(ideal, scale_dtype) - scale, 0.0)
     stretch = _falling(step, pulls[0], bend)
     scale.add_(stretch)
     if symmetric:

@@ -153,12 +153,13 @@ def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
 
     With ``c`` the group's codes less its zero point and ``r`` the gradient: ``s <- s - r c' / (c G c')``, rounded to
     its storage dtype; and the zero point moves by the whole number nearest to ``r 1' / (1 G 1') / s``. Either is kept
-    per row where the quadratic falls. Rows that share a quadratic take turns.
+    per row where the quadratic falls, the scale where it stays within a factor of two. Rows that share a quadratic take
+    turns.
     """
     grid = rounded.grid
     assert isinstance(grid, AffineGrid)
     gram = in_memory(quadratic.gram).to(rounded.value.dtype)
-    value = rounded.value.clone()
+    value = rounded.value
     scale, zero_point = grid.scale.clone(), grid.zero_point.clone()
     gradient = quadratic.mixed(value @ gram - quadratic.cross)
     for index in range(scale.shape[1]):
@@ -171,7 +172,6 @@ def refit_parameters(rounded: Rounded, quadratic: Quadratic) -> Rounded:
         joint = None if quadratic.curvature is None else _between(quadratic.curvature, turned, shape)
         stretch, shift = grid.refit_(scale[:, index], zero_point[:, index], pulls, bends, block.sum(), joint=joint)
         change = stretch[:, None] * shape + shift[:, None]
-        value[:, columns] += change
         gradient.addmm_(quadratic.mixed(change), gram[columns])
     better = grid.with_parameters(scale, zero_point)
     return replace(rounded, grid=better, value=better.decode(rounded.code), before=None)

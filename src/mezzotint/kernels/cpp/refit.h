@@ -13,7 +13,8 @@ static void refit_rows(const RefitArgs& a, std::int64_t first, const float* betw
     for (std::int64_t i = 0; i < rows; ++i) {
         const float weight = curvature[i * b + i], old = a.scale[first + i], zero_point = a.zero_point[first + i];
         const float bend = weight * a.own[first + i], ideal = old - pull[i] / (bend > tiny ? bend : tiny);
-        const float step = bend > tiny && ideal > 0.0f ? stored_scale(ideal, a.scale_type) - old : 0.0f;
+        const bool near = ideal > 0.5f * old && ideal < 2.0f * old;
+        const float step = bend > tiny && near ? stored_scale(ideal, a.scale_type) - old : 0.0f;
         const float stretch = falling(step, pull[i], bend), scale = old + stretch;
         const float slope = lift[i] + stretch * (weight * both[i]), flat = weight * a.flat;
         float wish = rint_scalar(zero_point + slope / (flat > tiny ? flat : tiny) / scale);
