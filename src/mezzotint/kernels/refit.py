@@ -30,9 +30,9 @@ def refit_group_(
 
         s <- stored(s - r c' / c G c'),   z <- z + round(r' 1' / 1 G 1' / s)
 
-    where the quadratic falls, ``r'`` the gradient after the first step. The zero point of a symmetric grid stays. A scale
-    that would halve or double stays too: where inputs are equal and codes cancel, ``c G c'`` is rounding noise, and a
-    quotient by it means nothing.
+    where the quadratic falls, ``r'`` the gradient after the first step. The zero point of a symmetric grid stays. A
+    scale that would halve or double stays too: where inputs are equal and codes cancel, ``c G c'`` is rounding noise,
+    and a quotient by it means nothing.
 
     With `joint` the quadratic ``tr(A V G V') - 2 tr(A C V')`` couples the rows of a block, which move in turn: bends
     count ``A[i, i]`` times, and the pulls of the rows behind follow every step.
