@@ -23,8 +23,8 @@ class Gptaq:
     ``W_later -= E_q U_q,later - strength * w_q P_q,later`` with ``P = (D U' masked strictly upper) U``.
 
     Attributes:
-        strength: factor on the drift term; the paper has 1, the released code .25, which loses 2 to 10 %
-            more (docs/propagation.md).
+        strength: factor on the drift term; the paper has 1, the released code .25, which restrains it where tokens are
+            few: on SmolLM2 1 loses 43 % more, on a model of 260,000 weights 1 to 11 % less (docs/propagation.md).
         damping: ridge added to H, as a fraction of its mean diagonal.
         order: in which columns are visited, see `Gptq`.
         block_size: columns per lazy update; never changes the result, because both updates use the values before
@@ -32,7 +32,7 @@ class Gptaq:
     """
 
     kind: ClassVar[str] = "gptaq"
-    strength: float = 1.0
+    strength: float = 0.25
     damping: float = 0.01
     order: Literal["diagonal", "natural"] = "diagonal"
     block_size: int = 128
