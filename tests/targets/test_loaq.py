@@ -65,12 +65,11 @@ def test_through_the_norm_it_minimises_what_the_next_layer_sees(own):
     xh, rh = (t + 0.3 * loud * torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (x, r))
     rh = rh - 0.2 * xh @ torch.randn(inputs, outputs, generator=g, dtype=torch.float64)  # of which inputs tell
     seen = normed(Compared(quantized=xh, original=x, stream=rh, original_stream=r), w, None, own=own)
-    sums = Accumulator(inputs, frozenset({"gram", "drift", "residual"}), rows=outputs, dtype=torch.float64)
-    sums.add(seen.quantized, original=seen.original, residual=seen.residual)
+    scaled, plain = sums_of(xh=seen.quantized, x=seen.original, lost=seen.residual), sums_of(xh=xh, x=x, lost=r - rh)
     aims = {
-        "norm": Loaq(alpha=1.0, beta=1.0, damping=0.0).aim(w, sums.finish(), None).matrix,
-        "plain": Loaq(alpha=1.0, beta=1.0, damping=0.0).aim(w, plain_sums(x, xh, r, rh), None).matrix,
-        "qep": Qep(alpha=1.0, damping=0.0).aim(w, plain_sums(x, xh, r, rh), None).matrix,
+        "norm": Loaq(alpha=1.0, beta=1.0, damping=0.0).aim(w, scaled, None).matrix,
+        "plain": Loaq(alpha=1.0, beta=1.0, damping=0.0).aim(w, plain, None).matrix,
+        "qep": Qep(alpha=1.0, damping=0.0).aim(w, plain, None).matrix,
         "none": w,
     }
 
@@ -84,9 +83,10 @@ def test_through_the_norm_it_minimises_what_the_next_layer_sees(own):
     assert free["norm"] < free["plain"] < min(free["qep"], free["none"])
 
 
-def plain_sums(x, xh, r, rh):
-    sums = Accumulator(x.shape[1], frozenset({"gram", "drift", "residual"}), rows=r.shape[1], dtype=torch.float64)
-    sums.add(xh, original=x, residual=r - rh)
+def sums_of(*, xh, x, lost):
+    needs = frozenset({"gram", "drift", "residual"})
+    sums = Accumulator(x.shape[1], needs, rows=lost.shape[1], dtype=torch.float64)
+    sums.add(xh, original=x, residual=lost)
     return sums.finish()
 
 

@@ -38,10 +38,8 @@ def stopping(console: Console) -> Iterator[Callable[[Any], None]]:
         yield check
         return
     handlers = {signal.SIGINT: press, signal.SIGTERM: at_once}
-    before = {number: signal.getsignal(number) for number in handlers}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handlers[number])
+    heard = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
         yield check
     except RankError:

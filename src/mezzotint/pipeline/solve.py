@@ -166,7 +166,8 @@ class Solver:
         rows = self._ranks.share(len(solved.value), 1)
         value = solved.value[rows.rows]
         original = solved.weight[rows.rows].to(value.dtype)
-        known = [_of_rows(statistics, rows.rows) for statistics in (solved.known.fit, solved.known.held_out)]
+        seen = [s if s is not None and s.tokens > 0 else None for s in (solved.known.fit, solved.known.held_out)]
+        known = [_of_rows(statistics, rows.rows) for statistics in seen]
         sums = [_energy(value - original), _energy(original)]
         sums += [part for statistics in known for part in _losses(original, value, statistics)]
         sums = rows.ranks.total(*sums)
@@ -366,6 +367,7 @@ def _losses(weight: Tensor, value: Tensor, known: Statistics | None) -> tuple[fl
     error, energy = h_energies(weight, value, known.gram)
     if known.drift is None:
         return error, energy, 0.0
+    # less it, the error is what `quadratic_of` gives, which takes three products more
     pull = weight @ known.drift
     if known.residual is not None:
         pull = pull + known.residual
@@ -374,7 +376,7 @@ def _losses(weight: Tensor, value: Tensor, known: Statistics | None) -> tuple[fl
 
 def _errors(known: Statistics | None, error: float, energy: float, gain: float) -> tuple[float | None, float | None]:
     """``h_error`` and ``objective`` of a record."""
-    if known is None or known.tokens == 0:
+    if known is None:
         return None, None
     return relative(error, energy), None if known.drift is None else relative(error - gain, energy)
 
