@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.core.statistics import Accumulator, Statistics, block_ldl_ratio
+from mezzotint.core.statistics import Accumulator, Statistics, block_ldl_ratio, padded
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.testing import strategies
 from mezzotint.testing.problems import OPTIONAL_SUMS, ProblemSettings, Tokens, make_problem, make_tokens, tensors_of
@@ -24,10 +24,10 @@ def bound(dtype, tokens):
     return (tokens + 2) * torch.finfo(dtype).eps / 2
 
 
-def accumulate(tokens, weights=None, batches=1, needs=OPTIONAL_SUMS, factors=None):
+def accumulate(tokens, weights=None, batches=1, needs=OPTIONAL_SUMS, factors=None, weight=None):
     """The sums, batch by batch."""
     rows, width, dtype = tokens.difference.shape[1], tokens.quantized.shape[1], tokens.quantized.dtype
-    sums = Accumulator(width, needs, rows=rows, dtype=dtype, factors=factors)
+    sums = Accumulator(width, needs, rows=rows, weight=weight, dtype=dtype, factors=factors)
     for part in torch.arange(tokens.quantized.shape[0]).tensor_split(batches):
         sums.add(
             tokens.quantized[part],
@@ -80,6 +80,18 @@ def test_factors_in_bfloat16_round_the_corrections_alone(batches):
         off = (getattr(rounded, name) - getattr(plain, name)).abs()
         assert off.max() > 0
         assert (off <= 3.1 * 2**-9 * size).all(), name
+
+
+def test_a_drift_of_outputs_in_bfloat16_is_off_by_roundings():
+    tokens = make_tokens(
+        ProblemSettings(grid=UniformGrid(), rows=8, columns=48, tokens=400, seed=3, dtype=torch.float32)
+    )
+    weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(0))
+    found = accumulate(tokens, factors=torch.bfloat16, weight=weight).output_drift
+    wanted = weight @ accumulate(tokens).drift
+    assert found.dtype == torch.float32
+    # three roundings to 8 bits, of signs at random in most sums
+    assert float((found - wanted).norm() / wanted.norm()) < 2**-7
 
 
 def test_wide_sums_are_the_same_in_pieces():
@@ -151,6 +163,44 @@ def test_merge_is_one_pass_and_associative(settings):
     ones = torch.ones(settings.tokens + 1)
     for merged in (a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)):
         assert_sums(merged, tokens, ones)
+
+
+@given(strategies.linear_problems(dtypes=(torch.float64,)), st.integers(1, 3), st.data())
+def test_the_drift_of_outputs_is_that_of_inputs_through_the_weight(problem, batches, data):
+    tokens, weight = make_tokens(problem.settings), problem.weight
+    weights = torch.tensor(
+        data.draw(
+            st.lists(
+                st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=len(tokens.quantized), max_size=len(tokens.quantized)
+            )
+        )
+    )
+    plain = accumulate(tokens, weights, batches)
+    found = accumulate(tokens, weights, batches, weight=weight)
+    assert found.drift is None
+    assert found.has_drift
+    wanted = weight @ plain.drift
+    size = float(weight.abs().sum(1).max() * tokens.quantized.abs().max() ** 2 * len(weights)) + 1e-300
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-13 * size)
+    close(found.drift_of(weight), wanted)
+    close(plain.drift_of(weight), wanted)
+    for name in ("gram", "residual", "mean_abs"):
+        exact(getattr(found, name), getattr(plain, name))
+    close(found.merge(found).scaled(0.5).drift_of(weight), wanted)
+    rows = slice(0, max(1, len(weight) // 2))
+    close(found.take_rows(rows).drift_of(weight[rows]), wanted[rows])
+    wide, more = padded(weight, found, (len(weight) + 3, weight.shape[1] + 2))
+    close(more.drift_of(wide)[: len(weight), : weight.shape[1]], wanted)
+    assert more.output_drift.shape == wide.shape
+
+
+def test_statistics_of_all_rows_keep_their_factors():
+    problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=4, columns=6, tokens=30, seed=0))
+    assert problem.statistics.take_rows(slice(None)) is problem.statistics
+    assert problem.statistics.take_rows(slice(0, 4)) is problem.statistics
+    exact(problem.statistics.take_rows(slice(1, 3)).residual, problem.statistics.residual[1:3])
+    without = replace(problem.statistics, residual=None)
+    assert without.take_rows(slice(1, 3)) is without
 
 
 def test_merge_of_different_sums_is_refused():

@@ -104,6 +104,17 @@ def test_alpha_zero_is_the_weight(problem, damping):
     assert not aim.corrected
 
 
+@given(settings=drawn_settings, alpha=alphas, damping=dampings)
+def test_the_drift_of_outputs_does_as_well_as_that_of_inputs(settings, alpha, damping):
+    weight, tokens = make_weight(settings), make_tokens(settings)
+    plain = tokens.statistics()
+    own = replace(plain, drift=None, output_drift=weight @ plain.drift)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    for stage in (Qep(alpha=alpha, damping=damping), Qep(alpha="auto"), Loaq(alpha=alpha, damping=damping)):
+        torch.testing.assert_close(stage.aim(weight, own, own).matrix, stage.aim(weight, plain, plain).matrix, **close)
+    torch.testing.assert_close(quadratic_of(weight, own).cross, quadratic_of(weight, plain).cross, **close)
+
+
 @given(settings=drawn_settings, residual=st.booleans(), seed=st.integers(0, 99))
 def test_the_quadratic_is_the_loss_less_a_constant(settings, residual, seed):
     weight, tokens = make_weight(settings), make_tokens(settings)

@@ -124,6 +124,8 @@ def test_statistics_are_those_of_the_transformed_inputs(name, data):
         close(found.mean_abs, expected.mean_abs)
     for key in ("gram", "drift", "residual"):
         close(getattr(found, key), getattr(expected, key))
+    by_output = replace(problem.statistics, output_drift=problem.weight @ problem.statistics.drift, drift=None)
+    close(basis.statistics(by_output).output_drift, basis.weight(problem.weight) @ found.drift)
     exact(found.gram, found.gram.t().contiguous())
     plain = replace(problem.statistics, drift=None, residual=None, mean_abs=None)
     assert (basis.statistics(plain).drift, basis.statistics(plain).residual) == (None, None)

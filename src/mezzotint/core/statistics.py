@@ -1,6 +1,7 @@
 """What calibration tells about the inputs of a linear: sums over tokens, streamed and merged.
 
-MATH.md section 0: ``gram = sum w xh xh'``, ``drift = sum w (x - xh) xh'``, ``residual = sum w (r - rh) xh'``.
+MATH.md section 0: ``gram = sum w xh xh'``, ``drift = sum w (x - xh) xh'``, ``residual = sum w (r - rh) xh'``. Of a
+matrix with far fewer rows than columns, the product with the drift is smaller than the drift: that is summed instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from mezzotint.core.linalg import Factor, cholesky_upper, inverse_cholesky_upper
 from mezzotint.core.panels import Storage, StoredSquare, mirror_
 
 _PANEL = 256
+_SUMS = ("gram", "drift", "output_drift", "residual", "mean_abs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class Statistics:
         tokens: sum of token weights.
         gram: ``sum w xh xh'``; the Hessian is ``gram / tokens``.
         drift: ``sum w (x - xh) xh'``.
+        output_drift: ``sum w W (x - xh) xh'`` of one matrix W, in the place of ``drift``.
         residual: ``sum w (r - rh) xh'``.
         mean_abs: ``sum w |xh|``.
     """
@@ -32,6 +35,7 @@ class Statistics:
     tokens: float
     gram: Float[Tensor, "in in"]
     drift: Float[Tensor, "in in"] | None = None
+    output_drift: Float[Tensor, "out in"] | None = None
     residual: Float[Tensor, "out in"] | None = None
     mean_abs: Float[Tensor, " in"] | None = None
     # not an argument: `dataclasses.replace` must not carry factors of other sums over
@@ -58,6 +62,24 @@ class Statistics:
         """Mean square of each input, the diagonal of the Hessian."""
         return self.gram.diagonal() / (self.tokens or 1.0)
 
+    @property
+    def has_drift(self) -> bool:
+        """Whether the drift of the inputs is known, of one matrix or of any."""
+        return self.drift is not None or self.output_drift is not None
+
+    def drift_of(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """``sum w W (x - xh) xh'``; where the sum is of one matrix, ``weight`` is that one."""
+        if self.output_drift is not None:
+            return self.output_drift.to(weight.dtype)
+        assert self.drift is not None
+        return weight @ self.drift
+
+    def take_rows(self, rows: slice) -> "Statistics":
+        """Statistics of some rows of a matrix; the same ones, with the factors they have, where all rows share them."""
+        own = {name: getattr(self, name) for name in ("output_drift", "residual")}
+        cut = {name: value[rows] for name, value in own.items() if value is not None and len(value[rows]) < len(value)}
+        return replace(self, **cut) if cut else self
+
     def merge(self, other: "Statistics") -> "Statistics":
         """Statistics of both sets of tokens; associative up to rounding.
 
@@ -65,7 +87,7 @@ class Statistics:
             ValueError: one has a field that the other lacks.
         """
         merged: dict[str, Tensor | float | None] = {"tokens": self.tokens + other.tokens}
-        for name in ("gram", "drift", "residual", "mean_abs"):
+        for name in _SUMS:
             a, b = getattr(self, name), getattr(other, name)
             if (a is None) != (b is None):
                 raise ValueError(f"cannot merge statistics: {name!r} is in one of them only; collect it in both")
@@ -162,6 +184,7 @@ def padded(
     sides = {
         "gram": (0, columns, 0, columns),
         "drift": (0, columns, 0, columns),
+        "output_drift": (0, columns, 0, rows),
         "residual": (0, columns, 0, rows),
         "mean_abs": (0, columns),
     }
@@ -176,6 +199,7 @@ class Accumulator:
         width: number of input columns.
         needs: which optional sums to keep besides ``gram``: of ``drift``, ``residual``, ``mean_abs``.
         rows: number of output rows, for ``residual``.
+        weight: ``[out, in]``, that ``drift`` is multiplied by before it is summed, for `Statistics.output_drift`.
         device: where the sums live.
         dtype: of the sums; float32 or wider.
         storage: makes room of so many bytes for squares that are larger than a panel; None keeps them in memory.
@@ -190,6 +214,7 @@ class Accumulator:
         needs: frozenset[str],
         *,
         rows: int = 0,
+        weight: Float[Tensor, "out in"] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         storage: Callable[[int], Storage] | None = None,
@@ -204,7 +229,9 @@ class Accumulator:
         self.tokens = 0.0
         self._factors = factors or dtype
         self.gram = square()
-        self.drift = square() if "drift" in needs else None
+        self._weight = weight.to(self._factors) if weight is not None and "drift" in needs else None
+        self.drift = square() if "drift" in needs and self._weight is None else None
+        self.output_drift = None if self._weight is None else self._weight.new_zeros(self._weight.shape, dtype=dtype)
         self.residual = torch.zeros(rows, width, dtype=dtype, device=device) if "residual" in needs else None
         self.mean_abs = torch.zeros(width, dtype=dtype, device=device) if "mean_abs" in needs else None
 
@@ -228,7 +255,8 @@ class Accumulator:
         Raises:
             ValueError: a sum that was asked for cannot be formed from this batch.
         """
-        if self.drift is not None and original is None:
+        drifts = self.drift is not None or self.output_drift is not None
+        if drifts and original is None:
             raise ValueError(
                 "this batch has no `original` inputs, but `drift` was asked for; give them or leave it out"
             )
@@ -244,23 +272,28 @@ class Accumulator:
         # symmetric: what lies left of the diagonal is filled in at the end
         for start, rows in _panels_(self.gram, _PANEL):
             rows[:, start:].addmm_(weighted[:, start : start + len(rows)].t(), xh[:, start:])
-        if self.drift is not None or self.residual is not None:
+        if drifts or self.residual is not None:
             right = weighted.to(self._factors)
-            if self.drift is not None and original is not None:
-                drift = (original.to(xh.dtype) - xh).to(self._factors)
-                for start, rows in _panels_(self.drift, 4 * _PANEL):
-                    _add_product_(rows, drift[:, start : start + len(rows)].t(), right)
+            if drifts and original is not None:
+                self._add_drift_((original.to(xh.dtype) - xh).to(self._factors), right)
             if self.residual is not None and residual is not None:
                 _add_product_(self.residual, residual.to(self._factors).t(), right)
         if self.mean_abs is not None:
             self.mean_abs.add_(weighted.abs().sum(0))
+
+    def _add_drift_(self, drift: Float[Tensor, "tokens in"], right: Float[Tensor, "tokens in"]) -> None:
+        if self.output_drift is not None and self._weight is not None:
+            _add_product_(self.output_drift, (drift @ self._weight.t()).t(), right)
+        elif self.drift is not None:
+            for start, rows in _panels_(self.drift, 4 * _PANEL):
+                _add_product_(rows, drift[:, start : start + len(rows)].t(), right)
 
     def tensors_(self) -> Iterator[Tensor]:
         """The sums so far, besides `tokens`, to be changed in place before `finish`: those of other tokens added.
 
         A sum that lies in a storage comes in panels, of which one is in memory at a time.
         """
-        for value in (self.gram, self.drift, self.residual, self.mean_abs):
+        for value in (getattr(self, name) for name in _SUMS):
             if value is not None:
                 yield from (rows for _, rows in _panels_(value, len(value)))
 
@@ -272,13 +305,7 @@ class Accumulator:
             for start, rows in _panels_(self.gram, _PANEL):
                 rows[:, :start] = self.gram[:start, start : start + len(rows)].t()
                 mirror_(rows[:, start : start + len(rows)])
-        return Statistics(
-            tokens=self.tokens,
-            gram=self.gram,
-            drift=self.drift,
-            residual=self.residual,
-            mean_abs=self.mean_abs,
-        )
+        return Statistics(tokens=self.tokens, **{name: getattr(self, name) for name in _SUMS})
 
 
 def _add_product_(sums: Tensor, left: Tensor, right: Tensor) -> None:

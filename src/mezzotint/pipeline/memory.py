@@ -1,6 +1,7 @@
 """Peak memory of a run, predicted from shapes phase by phase; checked in tests against what runs take."""
 
 import ctypes
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mezzotint.core import panels as squares
-from mezzotint.core.contracts import Block
+from mezzotint.core.contracts import Block, InputGroup, Matrix
 from mezzotint.core.files import Entry
 from mezzotint.evaluation.divergence import LOGIT_COPIES
 from mezzotint.models import Source
+from mezzotint.pipeline.tokens import drifts_by_output
 from mezzotint.submodules.scores import KEPT
 
 BASE_BYTES = 480 * 2**20  # interpreter, torch, transformers and what they load on first use, measured on Linux
@@ -150,12 +152,7 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
         # originals, aims and values of all members, the sums of their groups, and what a step takes
         largest = max(_numel(source, name) for name in names) * _FLOAT
         sums = sum(
-            _sums(
-                [by_name[n] for n in g.matrices if n in by_name],
-                g.added_to_residual,
-                _Square(w, panels=panels),
-                w * hidden * _FLOAT,
-            )
+            _sums(g, by_name, matrices, _Square(w, panels=panels), w * hidden * _FLOAT)
             for g, w in zip(block.groups, widths, strict=True)
         )
         # attention is kept of one batch that is fitted on and of one that is held out
@@ -179,7 +176,7 @@ def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: T
         sharing = Counter(matrices[entry.matrix].expert for entry in members)
         experts = len({matrices[name].expert for name in group.matrices})
         square = _Square(width, panels=panels)
-        sums = experts * _sums(members, group.added_to_residual, square, width * hidden * _FLOAT)
+        sums = experts * _sums(group, by_name, matrices, square, width * hidden * _FLOAT)
         measuring = base + sums + forward
         alone = max(sharing.values()) == 1
         solving = (
@@ -236,9 +233,15 @@ class _Square:
         return 0 if self.filed else self.bytes
 
 
-def _sums(members: Sequence[Entry], added: bool, square: _Square, residual: int) -> int:
+def _sums(
+    group: InputGroup, by_name: Mapping[str, Entry], matrices: Mapping[str, Matrix], square: _Square, residual: int
+) -> int:
     """Sums over the windows that are fitted on and over those that are held out."""
-    sizes = {"gram": square.kept, "drift": square.kept, "residual": residual if added else 0}
+    members = [by_name[name] for name in group.matrices if name in by_name]
+    sizes = {"gram": square.kept, "drift": square.kept, "residual": residual if group.added_to_residual else 0}
+    if drifts_by_output(members, matrices, filed=square.filed):
+        # the sum, and the weights as its factor in half the bytes
+        sizes["drift"] = 3 * max(math.prod(matrices[entry.matrix].shape) for entry in members) * _FLOAT // 2
     needs = frozenset().union(*(entry.needs for entry in members))
     judged = needs & frozenset().union(*(entry.judges for entry in members))
     return squares.PANEL_BYTES * square.filed + sum(sizes.get(name, 0) for names in (needs, judged) for name in names)

@@ -155,7 +155,7 @@ class Solver:
         """The same matrix quantized to another aim ``[out, in]``, in the same basis."""
         known, statistics = solved.known, solved.known.used
         if solved.basis is not None and statistics is not None:
-            statistics = solved.basis.statistics(statistics)
+            statistics = solved.basis.statistics(self._of_rounding([(solved.matrix, aim)], statistics))
         turned = _Turned(Aim(matrix=aim, corrected=True), solved.basis, statistics)
         found = self._one(solved.matrix, solved.weight, known, turned, {}, last=True)
         return replace(found, seconds=solved.seconds + found.seconds)
@@ -201,11 +201,16 @@ class Solver:
             aims = [self._aim(matrix, weight, used, held_out) for matrix, weight in members]
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + place)
             bases = transform.fit(aims, used, None, generator)
-            # the input side is shared, and a residual belongs to a group of one matrix
-            statistics = None if used is None else bases[0].statistics(used)
+            statistics = None if used is None else bases[0].statistics(self._of_rounding(members, used))
             for (matrix, _), aim, basis in zip(members, aims, bases, strict=True):
                 found[matrix.name] = _Turned(aim, basis, statistics)
         return found
+
+    def _of_rounding(self, members: Weights, used: Statistics) -> Statistics:
+        """What roundings and refinements see: no drift where only aims take it up."""
+        if any("drift" in self._entries[matrix.name].rounding.needs for matrix, _ in members):
+            return used
+        return replace(used, drift=None, output_drift=None, residual=None)
 
     def _aim(self, matrix: Matrix, weight: Tensor, used: Statistics | None, held_out: Statistics | None) -> Aim:
         try:
@@ -324,8 +329,11 @@ def trusted(matrix: Matrix, fit: Statistics | None) -> tuple[Statistics | None, 
     if fit is None or fit.tokens >= least_tokens(matrix):
         return fit, {}
     used = Statistics.isotropic(matrix.shape[1], fit.gram)
-    if fit.drift is not None:  # and no drift is known either
-        used = replace(used, drift=torch.zeros_like(fit.drift))
+    if fit.has_drift:  # and no drift is known either
+        sums = {"drift": fit.drift, "output_drift": fit.output_drift}
+        used = replace(
+            used, **{name: None if value is None else torch.zeros_like(value) for name, value in sums.items()}
+        )
     return used, {"statistics": f"isotropic: only {fit.tokens:.0f} tokens, at least {least_tokens(matrix)} needed"}
 
 
@@ -365,10 +373,10 @@ def _losses(weight: Tensor, value: Tensor, known: Statistics | None) -> tuple[fl
     if known is None:
         return 0.0, 0.0, 0.0
     error, energy = h_energies(weight, value, known.gram)
-    if known.drift is None:
+    if not known.has_drift:
         return error, energy, 0.0
     # less it, the error is what `quadratic_of` gives, which takes three products more
-    pull = weight @ known.drift
+    pull = known.drift_of(weight)
     if known.residual is not None:
         pull = pull + known.residual
     return error, energy, 2 * float((pull * (value - weight)).sum())
@@ -378,11 +386,8 @@ def _errors(known: Statistics | None, error: float, energy: float, gain: float) 
     """``h_error`` and ``objective`` of a record."""
     if known is None:
         return None, None
-    return relative(error, energy), None if known.drift is None else relative(error - gain, energy)
+    return relative(error, energy), relative(error - gain, energy) if known.has_drift else None
 
 
 def _of_rows(statistics: Statistics | None, rows: slice) -> Statistics | None:
-    """Statistics for some rows of a matrix; the same ones, with the factors they have, where all rows share them."""
-    if statistics is None or statistics.residual is None or rows == WHOLE.rows:
-        return statistics
-    return replace(statistics, residual=statistics.residual[rows])
+    return statistics and statistics.take_rows(rows)

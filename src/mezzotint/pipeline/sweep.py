@@ -22,7 +22,7 @@ from mezzotint.pipeline.parts import active_parts, settings_of
 from mezzotint.pipeline.residency import check_finite
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.streams import Streams, summed
-from mezzotint.pipeline.tokens import Compared, aligned, normed, token_weights
+from mezzotint.pipeline.tokens import Compared, aligned, drifts_by_output, normed, token_weights
 
 if TYPE_CHECKING:
     from mezzotint.pipeline.resume import Keeper
@@ -279,12 +279,16 @@ class Sweep:
         if not group.added_to_residual or group.experts:
             needs -= {"residual"}
         scaling = self._scaling(group) if "residual" in needs else None
-        judged = needs & frozenset().union(*(self._entries[n].judges for n in group.matrices if n in self._entries))
+        members = [self._entries[name] for name in group.matrices if name in self._entries]
+        judged = needs & frozenset().union(*(entry.judges for entry in members))
+        narrow = drifts_by_output(members, self._source.map.matrices, filed=streams.storage is not None)
+        weights = {m.expert: self._weight(m) for m in matrices if narrow and m.name in self._entries}
         sums = {
             (expert, held): Accumulator(
                 width,
                 judged if held else needs,
                 rows=matrices[0].shape[0],
+                weight=weights.get(expert),
                 device=self._device,
                 storage=streams.storage,
                 factors=streams.factors,

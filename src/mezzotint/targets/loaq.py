@@ -63,9 +63,9 @@ class Loaq:
         w = weight if weight.dtype == torch.float64 else weight.float()
         if not self.needs:
             return Aim(matrix=w)
-        if fit is None or fit.drift is None:
+        if fit is None or not fit.has_drift:
             raise ConfigError("target 'loaq' needs statistics of both streams; use target 'weight' instead.")
-        pull = self.alpha * (w @ fit.drift)
+        pull = self.alpha * fit.drift_of(w)
         decisions: dict[str, float | str] = {}
         if fit.residual is not None:
             pull = pull + self.beta * fit.residual

@@ -58,19 +58,19 @@ class Qep:
         w = weight if weight.dtype == torch.float64 else weight.float()
         if self.alpha == 0:
             return Aim(matrix=w)
-        if fit is None or fit.drift is None:
+        if fit is None or not fit.has_drift:
             raise ConfigError("target 'qep' needs calibration statistics of both streams; use target 'weight' instead.")
-        drift = fit.drift
+        pull = fit.drift_of(w)
         if self.alpha != "auto":
-            matrix = w + self.alpha * fit.solve(w @ drift, self.damping)
+            matrix = w + self.alpha * fit.solve(pull, self.damping)
             needed = fit.ridge(self.damping).needed("target.damping", self.damping)
             return Aim(matrix=matrix, corrected=True, decisions=needed)
-        if held_out is None or held_out.drift is None:
+        if held_out is None or not held_out.has_drift:
             raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
         judge = quadratic_of(w, held_out, residual=False)
         best, chosen, decisions = judge.value(w).sum(), w, {"alpha": 0.0, "damping": 0.0}
         for damping in AUTO_DAMPINGS:
-            correction = fit.solve(w @ drift, damping)
+            correction = fit.solve(pull, damping)
             for alpha in AUTO_ALPHAS:
                 candidate = w + alpha * correction
                 loss = judge.value(candidate).sum()
@@ -89,8 +89,8 @@ def quadratic_of(
     norm ``tr(E' A E)``.
     """
     cross = weight @ s.gram
-    if s.drift is not None:
-        cross.addmm_(weight, s.drift)  # not the sum first: that is another matrix as large as the Hessian
+    if s.has_drift:
+        cross += s.drift_of(weight)  # not the sum first: that is another matrix as large as the Hessian
     if residual and s.residual is not None:
         cross = cross + s.residual
     ahead = 2 * cross - weight @ s.gram

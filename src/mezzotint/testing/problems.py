@@ -63,7 +63,7 @@ class LinearProblem:
         return replace(
             self,
             weight=self.weight[rows],
-            statistics=rows_of(self.statistics, rows),
+            statistics=self.statistics.take_rows(rows),
             aim=Aim(matrix=self.aim.matrix[rows]),
             grid=self.grid.take_rows(rows),
         )
@@ -146,12 +146,6 @@ def make_problem(settings: ProblemSettings) -> LinearProblem:
         aim=Aim(matrix=weight),
         grid=grid.fit(weight, statistics.importance),
     )
-
-
-def rows_of(statistics: Statistics, rows: slice) -> Statistics:
-    """The statistics of some outputs: only ``residual`` has a row for each."""
-    residual = statistics.residual
-    return replace(statistics, residual=None if residual is None else residual[rows])
 
 
 def tensors_of(thing: object, path: str = "") -> Iterator[tuple[str, Tensor]]:

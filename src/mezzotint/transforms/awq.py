@@ -121,6 +121,7 @@ class ScaleBasis:
             s,
             gram=s.gram / both,
             drift=None if s.drift is None else s.drift / both,
+            output_drift=None if s.output_drift is None else s.output_drift / scale,
             residual=None if s.residual is None else s.residual / scale,
             mean_abs=None if s.mean_abs is None else s.mean_abs / scale,
         )

@@ -154,15 +154,16 @@ class HadamardBasis:
     def statistics(self, s: Statistics) -> Statistics:
         """The sums of ``x' = R^-1 x`` and, for the residual stream, of ``L r``.
 
-        ``gram' = R^T gram R``, made symmetric to the last bit; ``drift' = R^T drift R``; ``residual' = L residual R``.
-        Then ``cross' = W' (gram' + drift') + residual' = L cross R``, which belongs to ``V' = L V R``. Sums of absolute
-        values of rotated inputs cannot be had from ``mean_abs``, which is left out.
+        ``gram' = R^T gram R``, made symmetric to the last bit; ``drift' = R^T drift R``; ``residual' = L residual R``,
+        and ``output_drift`` alike. Then ``cross' = W' (gram' + drift') + residual' = L cross R``, which belongs to
+        ``V' = L V R``. Sums of absolute values of rotated inputs cannot be had from ``mean_abs``, which is left out.
         """
         gram = self._both(s.gram)
         return replace(
             s,
             gram=(gram + gram.t()) / 2,
             drift=None if s.drift is None else self._both(s.drift),
+            output_drift=None if s.output_drift is None else self.weight(s.output_drift),
             residual=None if s.residual is None else self.weight(s.residual),
             mean_abs=None,
         )

@@ -142,6 +142,7 @@ class QuipBasis:
             s,
             gram=(gram + gram.t()) / 2,
             drift=None if s.drift is None else self._both(s.drift),
+            output_drift=None if s.output_drift is None else self._left(self.input(s.output_drift)),
             residual=None if s.residual is None else self._left(self.input(s.residual)),
             mean_abs=None,
         )
