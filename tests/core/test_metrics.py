@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezzotint.core.metrics import h_error, kl_nats, perplexity, sqnr_db, token_nll
+from mezzotint.core import panels
+from mezzotint.core.metrics import energies, h_error, kl_nats, perplexity, sqnr_db, token_nll
+from mezzotint.pipeline.scratch import Scratch
 from reference import metrics as twin
 
 SEEDS = st.integers(0, 2**31)
@@ -100,3 +102,24 @@ def test_errors_without_noise_or_signal():
     assert h_error(weight, zero, gram) == 1.0
     assert h_error(zero, weight, gram) == math.inf
     assert h_error(zero, zero, gram) == 0.0
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_energies_are_those_of_the_whole_square(columns, dtype):
+    values, x = normal(3, 6, columns, dtype=dtype), normal(4, 50, columns, dtype=dtype)
+    gram, close = x.T @ x, {"rtol": 2000 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(energies(values, gram), ((values @ gram) * values).sum(1), **close)
+    # rows that a symmetric matrix mixes: what they add up to
+    mixing = torch.eye(6, dtype=dtype) + 0.1 * torch.ones(6, 6, dtype=dtype)
+    found = energies(values, gram, mixing @ values).sum()
+    torch.testing.assert_close(found, (mixing * (values @ gram @ values.T)).sum(), **close)
+
+
+def test_energies_read_what_is_stored_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(panels, "PANEL_BYTES", 4 * 70 * 33)  # panels of 33 rows, the last one smaller
+    x, values = normal(5, 90, 70, dtype=torch.float32), normal(6, 4, 70, dtype=torch.float32)
+    stored = panels.StoredSquare(70, torch.float32, Scratch(tmp_path, "sums", 4 * 70 * 70))
+    for start, rows in stored.panels_():
+        rows.copy_((x.T @ x)[start : start + len(rows)])
+    torch.testing.assert_close(energies(values, stored), energies(values, x.T @ x), rtol=1e-5, atol=0)

@@ -10,6 +10,7 @@ import pytest
 from mezzotint.core import panels
 from mezzotint.core.bits import Bits
 from mezzotint.core.files import Entry
+from mezzotint.core.statistics import Statistics
 from mezzotint.core.structure import Matrix
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.pipeline import memory, sweep
@@ -18,6 +19,7 @@ from mezzotint.rounding.gptaq import Gptaq
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.submodules.lpcd import Lpcd
 from mezzotint.targets.qep import Qep
+from mezzotint.transforms.hadamard import HadamardBasis
 from pipeline.runs import TINY_LLAMA, quantized
 
 ENTRY = Entry(
@@ -80,3 +82,21 @@ def test_either_sum_gives_the_same_model(recipe: str, monkeypatch: pytest.Monkey
         # products of bfloat16 round differently, and some codes lie between
         assert one["h_error"] == pytest.approx(other["h_error"], rel=0.02)
         assert one["objective"] == pytest.approx(other["objective"], rel=0.02)
+
+
+@pytest.mark.parametrize(("recipe", "turned"), [("gptaq", True), ("qep-gptq", False)])
+def test_drift_is_turned_where_a_rounding_works_on_it(
+    recipe: str, turned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Statistics] = []
+    statistics = HadamardBasis.statistics
+
+    def spy(self: HadamardBasis, s: Statistics) -> Statistics:
+        seen.append(statistics(self, s))
+        return seen[-1]
+
+    monkeypatch.setattr(HadamardBasis, "statistics", spy)
+    report = quantized(TINY_LLAMA, tmp_path / "out", recipe, bits=3, settings={"transform.kind": "hadamard"})
+    assert len(seen) >= 12  # groups
+    assert {s.has_drift for s in seen} == {turned}
+    assert all(one["objective"] is not None for one in report["linears"])

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mezzotint.core.curvature import Curvature
+from mezzotint.core.metrics import energies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,8 @@ class Quadratic:
 
     def value(self, v: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """The objective per output row; with a curvature only sums over whole blocks of rows mean something."""
-        return (self.mixed(v @ self.gram - 2 * self.cross) * v).sum(-1) + self.const
+        left = self.mixed(v)
+        return energies(v, self.gram, left) - 2 * (left * self.cross).sum(-1) + self.const
 
     def mixed(self, values: Float[Tensor, "out k"]) -> Float[Tensor, "out k"]:
         """``A values``."""

@@ -9,6 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mezzotint.core import panels
+
+_PANEL = 128
+
 
 def kl_nats(
     reference_logits: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
@@ -131,8 +135,28 @@ def h_energies(
 ) -> tuple[float, float]:
     """Both parts of `h_error`, error and energy; each is a sum over rows."""
     dtype = _wide(weight, value, gram)
-    wide, metric = weight.to(dtype), gram.to(dtype)
-    return _energy(value.to(dtype) - wide, metric), _energy(wide, metric)
+    wide = weight.to(dtype)
+    return float(energies(value.to(dtype) - wide, gram).sum()), float(energies(wide, gram).sum())
+
+
+def energies(
+    values: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], left: Float[Tensor, "out in"] | None = None
+) -> Float[Tensor, " out"]:
+    """``v gram v'`` of every row v, in little more than half the time of the product.
+
+    Args:
+        values: float32 or wider.
+        gram: symmetric; what lies left of its diagonal is taken twice.
+        left: ``A values`` for a symmetric ``A``: then only the sum over all rows that A mixes means something.
+    """
+    left = values if left is None else left
+    total = values.new_zeros(len(values))
+    for start, rows in panels.read(gram, _PANEL):
+        wide, end = rows.to(values.dtype), start + len(rows)
+        product = (left[:, :start] @ wide[:, :start].t()).mul_(2)
+        product.addmm_(left[:, start:end], wide[:, start:end])
+        total += torch.linalg.vecdot(product, values[:, start:end])
+    return total
 
 
 def relative(error: float, energy: float) -> float:
@@ -140,11 +164,6 @@ def relative(error: float, energy: float) -> float:
     if energy > 0:
         return error / energy
     return math.inf if error > 0 else 0.0
-
-
-def _energy(matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
-    """``tr(M gram M')``."""
-    return float(((matrix @ gram) * matrix).sum())
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

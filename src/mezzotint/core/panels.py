@@ -123,6 +123,15 @@ class StoredSquare(Tensor):
         return (row * self.shape[1] + column) * self.dtype.itemsize
 
 
+def read(square: Float[Tensor, "n n"], step: int) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
+    """Rows of a matrix from the one named on: so many, or of one in a storage as many as a panel has."""
+    if isinstance(square, StoredSquare):
+        yield from square.read()
+    else:
+        for start in range(0, len(square), step):
+            yield start, square[start : start + step]
+
+
 def in_memory(square: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """A matrix that pieces will be taken of again and again."""
     return square.whole() if isinstance(square, StoredSquare) else square

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mezzotint.core.contracts import Aim, Block, Grid, InputGroup, Matrix
 from mezzotint.core.files import Entry
+from mezzotint.core.metrics import energies
 from mezzotint.core.statistics import Accumulator, Statistics, padded
 from mezzotint.models import Source
 from mezzotint.models.folds import Fold, apply_fold, fold_of
@@ -290,7 +291,7 @@ class Folding:
                 errors = (
                     (v - m.weight, statistics[m.matrix.expert]) for m, v in zip(part.members, values, strict=True)
                 )
-                return sum(float(((e @ s.gram) * e).sum()) for e, s in errors)
+                return sum(float(energies(e, s.gram).sum()) for e, s in errors)
             for member, value in zip(part.members, values, strict=True):
                 member.weight.copy_(value)
             error = call.output() - reference

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mezzotint.core.contracts import Aim, Quadratic
 from mezzotint.core.curvature import Curvature
+from mezzotint.core.metrics import energies
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError
 
@@ -93,6 +94,6 @@ def quadratic_of(
         cross += s.drift_of(weight)  # not the sum first: that is another matrix as large as the Hessian
     if residual and s.residual is not None:
         cross = cross + s.residual
-    ahead = 2 * cross - weight @ s.gram
-    const = ((ahead if curvature is None else curvature.mixed(ahead)) * weight).sum(-1)
+    left = weight if curvature is None else curvature.mixed(weight)
+    const = 2 * (left * cross).sum(-1) - energies(weight, s.gram, left)
     return Quadratic(gram=s.gram, cross=cross, const=const, curvature=curvature)
