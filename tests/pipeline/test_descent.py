@@ -112,8 +112,8 @@ def test_little_memory_gives_the_same(
     """Streams that are spilled and blocks that start anew change no bit."""
     model = TINY_LLAMA if name == "tiny_llama" else tiny_folder(name)
     options: dict[str, Any] = {"bits": 3, "samples": 8, "engine": "dense"}
-    descended(model, tmp_path / "free", "lpcd-gptq", **options)
     monkeypatch.setattr(memory, "BATCH_TOKENS", 64)  # so that one batch is less than all
+    descended(model, tmp_path / "free", "lpcd-gptq", **options)
     least = least_memory(model, "lpcd-gptq", settings=EVERY, **options)
     assert not plan_of(model, "lpcd-gptq", settings=EVERY, **options, memory=least).costs.keep_runs
     descended(model, tmp_path / "tight", "lpcd-gptq", **options, memory=least)
