@@ -165,12 +165,17 @@ def generation() -> list[str]:
     return [heading, "", *lines]
 
 
+def medians(row: dict[str, Any]) -> dict[str, float]:
+    """Time and memory of a row's repeated runs."""
+    runs = row["quantize"] if isinstance(row["quantize"], list) else [row["quantize"]]
+    return {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "peak_rss_bytes")}
+
+
 def costs() -> list[str]:
     """Time and memory."""
     lines = ["| what | seconds | seconds of processor | peak memory, MiB |", "|---|---|---|---|"]
     for r in rows_of("speed"):
-        runs = r["quantize"] if isinstance(r["quantize"], list) else [r["quantize"]]
-        middle = {k: statistics.median(run[k] for run in runs) for k in ("seconds", "cpu_seconds", "peak_rss_bytes")}
+        middle = medians(r)
         times = f"{middle['seconds']:.1f} | {middle['cpu_seconds']:.1f}"
         peak = middle["peak_rss_bytes"] / 2**20
         lines.append(f"| {r['settings']['row']['name']}, {r['model']} | {times} | {peak:.0f} |")
@@ -183,6 +188,24 @@ def costs() -> list[str]:
         "",
         *lines,
     ]
+
+
+def overhead() -> list[str]:
+    """What error propagation takes over plain GPTQ; nothing while it has not been run."""
+    rows = rows_of("overhead")
+    if not rows:
+        return []
+    base, machine = medians(rows[0]), rows[0]["machine"]
+    lines = ["| recipe | seconds | over gptq | seconds of processor | over gptq |", "|---|---|---|---|---|"]
+    for r in rows:
+        middle = medians(r)
+        cells = [f"{middle[key]:.1f} | {middle[key] / base[key] - 1:.0%}" for key in ("seconds", "cpu_seconds")]
+        lines.append(f"| {r['settings']['row']['name']} | {' | '.join(cells)} |")
+    heading = (
+        "SmolLM2-135M-Instruct at 3 bits in groups of 64, calibrated on 32 x 512 tokens, whole runs on "
+        f"{machine['cores']} cores\n({machine['processor']}), medians (`python -m benchmarks overhead`):"
+    )
+    return [heading, "", *lines]
 
 
 def bases() -> list[str]:
@@ -498,7 +521,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
     return {
         ROOT / "README.md": (recipes("docs/peers.md"), generation(), costs()),
         docs / "propagation.md": tuple(
-            block for block in (tokens(), departures(), every_range(), *all_corrections()) if block
+            block for block in (tokens(), overhead(), departures(), every_range(), *all_corrections()) if block
         ),
         docs / "bases.md": (bases(), bases_short()),
         docs / "allocation.md": (allocations(), latencies()),
