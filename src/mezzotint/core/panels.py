@@ -12,6 +12,11 @@ PANEL_BYTES = 2**26  # in memory at a time; smaller squares need no file
 _aten = torch.ops.aten
 
 
+def is_wide(width: int, itemsize: int = 4) -> bool:
+    """Whether a square of so many columns is larger than a panel."""
+    return width * width * itemsize > PANEL_BYTES
+
+
 @runtime_checkable
 class Storage(Protocol):
     """Bytes somewhere else, zero at first."""
@@ -123,13 +128,19 @@ class StoredSquare(Tensor):
         return (row * self.shape[1] + column) * self.dtype.itemsize
 
 
-def read(square: Float[Tensor, "n n"], step: int) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
+def read(matrix: Float[Tensor, "m n"], step: int) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
     """Rows of a matrix from the one named on: so many, or of one in a storage as many as a panel has."""
-    if isinstance(square, StoredSquare):
-        yield from square.read()
-    else:
-        for start in range(0, len(square), step):
-            yield start, square[start : start + step]
+    return matrix.read() if isinstance(matrix, StoredSquare) else _pieces(matrix, step)
+
+
+def panels_(matrix: Float[Tensor, "m n"], step: int) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
+    """The same, to be changed in place."""
+    return matrix.panels_() if isinstance(matrix, StoredSquare) else _pieces(matrix, step)
+
+
+def _pieces(matrix: Float[Tensor, "m n"], step: int) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
+    for start in range(0, len(matrix), step):
+        yield start, matrix[start : start + step]
 
 
 def in_memory(square: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -221,9 +221,8 @@ class Accumulator:
         factors: torch.dtype | None = None,
     ) -> None:
         def square() -> Tensor:
-            size = width * width * dtype.itemsize
-            if storage is not None and size > panels.PANEL_BYTES:
-                return StoredSquare(width, dtype, storage(size))
+            if storage is not None and panels.is_wide(width, dtype.itemsize):
+                return StoredSquare(width, dtype, storage(width * width * dtype.itemsize))
             return torch.zeros(width, width, dtype=dtype, device=device)
 
         self.tokens = 0.0
@@ -270,7 +269,7 @@ class Accumulator:
         weighted = xh if weights is None else xh * weights.to(xh.dtype).unsqueeze(-1)
         self.tokens += float(xh.shape[0] if weights is None else weights.sum(dtype=torch.float64))
         # symmetric: what lies left of the diagonal is filled in at the end
-        for start, rows in _panels_(self.gram, _PANEL):
+        for start, rows in panels.panels_(self.gram, _PANEL):
             rows[:, start:].addmm_(weighted[:, start : start + len(rows)].t(), xh[:, start:])
         if drifts or self.residual is not None:
             right = weighted.to(self._factors)
@@ -285,7 +284,7 @@ class Accumulator:
         if self.output_drift is not None and self._weight is not None:
             _add_product_(self.output_drift, (drift @ self._weight.t()).t(), right)
         elif self.drift is not None:
-            for start, rows in _panels_(self.drift, 4 * _PANEL):
+            for start, rows in panels.panels_(self.drift, 4 * _PANEL):
                 _add_product_(rows, drift[:, start : start + len(rows)].t(), right)
 
     def tensors_(self) -> Iterator[Tensor]:
@@ -295,14 +294,14 @@ class Accumulator:
         """
         for value in (getattr(self, name) for name in _SUMS):
             if value is not None:
-                yield from (rows for _, rows in _panels_(value, len(value)))
+                yield from (rows for _, rows in panels.panels_(value, len(value)))
 
     def finish(self) -> Statistics:
         """The sums so far (not copied)."""
         if isinstance(self.gram, StoredSquare):
             self.gram.reflect_()
         else:
-            for start, rows in _panels_(self.gram, _PANEL):
+            for start, rows in panels.panels_(self.gram, _PANEL):
                 rows[:, :start] = self.gram[:start, start : start + len(rows)].t()
                 mirror_(rows[:, start : start + len(rows)])
         return Statistics(tokens=self.tokens, **{name: getattr(self, name) for name in _SUMS})
@@ -314,12 +313,3 @@ def _add_product_(sums: Tensor, left: Tensor, right: Tensor) -> None:
         sums.addmm_(left, right)
     else:
         sums.add_(left @ right)
-
-
-def _panels_(sums: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
-    """Rows of sums from the one named on, to be changed in place; of one in a storage as many as a panel has."""
-    if isinstance(sums, StoredSquare):
-        yield from sums.panels_()
-    else:
-        for start in range(0, len(sums), step):
-            yield start, sums[start : start + step]

@@ -225,7 +225,7 @@ class _Square:
 
     def __init__(self, width: int, *, panels: bool) -> None:
         self.bytes = width * width * _FLOAT
-        self.filed = panels and self.bytes > squares.PANEL_BYTES
+        self.filed = panels and squares.is_wide(width, _FLOAT)
 
     @property
     def kept(self) -> int:

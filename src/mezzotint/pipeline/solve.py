@@ -328,12 +328,9 @@ def trusted(matrix: Matrix, fit: Statistics | None) -> tuple[Statistics | None, 
     """The statistics to use: isotropic ones where too few tokens were seen, and what the report says then."""
     if fit is None or fit.tokens >= least_tokens(matrix):
         return fit, {}
-    used = Statistics.isotropic(matrix.shape[1], fit.gram)
-    if fit.has_drift:  # and no drift is known either
-        sums = {"drift": fit.drift, "output_drift": fit.output_drift}
-        used = replace(
-            used, **{name: None if value is None else torch.zeros_like(value) for name, value in sums.items()}
-        )
+    drifts = {"drift": fit.drift, "output_drift": fit.output_drift}
+    none = {name: torch.zeros_like(drift) for name, drift in drifts.items() if drift is not None}
+    used = replace(Statistics.isotropic(matrix.shape[1], fit.gram), **none)
     return used, {"statistics": f"isotropic: only {fit.tokens:.0f} tokens, at least {least_tokens(matrix)} needed"}
 
 

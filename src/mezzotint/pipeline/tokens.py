@@ -32,7 +32,7 @@ def drifts_by_output(members: Sequence[Entry], matrices: Mapping[str, Matrix], *
         max(Counter(matrix.expert for matrix in own).values(), default=2) == 1
         and all(2 * matrix.shape[0] <= matrix.shape[1] for matrix in own)
         and not any("drift" in entry.rounding.needs or entry.submodules is not None for entry in members)
-        and not (filed and any(4 * matrix.shape[1] ** 2 > panels.PANEL_BYTES for matrix in own))
+        and not (filed and any(panels.is_wide(matrix.shape[1]) for matrix in own))
     )
 
 
