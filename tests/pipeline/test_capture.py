@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mezzotint.core.contracts import Block
 from mezzotint.errors import ModelError
 from mezzotint.models import Source, dematerialize, materialize, open_model
+from mezzotint.pipeline.bypass import Call, Passage, surroundings
 from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs, stops
-from mezzotint.pipeline.streams import surroundings
+from mezzotint.pipeline.residency import Budget, Shelf
 from mezzotint.pipeline.sweep import Sweep
 from mezzotint.pipeline.tokens import aligned, token_weights
 from pipeline.runs import TINY_LLAMA, assert_same_bits, least_memory, quantized, stock
@@ -26,6 +27,10 @@ DENSE_BLOCKS = [
     "falcon_new_decoder", "olmo2",
 ]  # fmt: skip
 EXPERTS = ["mixtral", "qwen3_moe"]
+
+
+def passage_of(calls: list[Call]) -> Passage:
+    return Passage(calls, Shelf(Budget(None), Path()))
 
 
 def tokens_of(count: int = 3, length: int = 24) -> Tensor:
@@ -49,7 +54,7 @@ def walk(source: Source, batches: list[Tensor], *, keep: bool) -> Iterator[tuple
     for block in source.map.blocks:
         with filled(source, block) as module:
             runs = [
-                BlockRun(module, lambda h=h: h, calls[block.index], keep=keep)
+                BlockRun(module, block.index, lambda h=h: h, passage_of(calls), keep=keep)
                 for h, (_, calls) in zip(hidden, recorded, strict=True)
             ]
             seen = [[one.reach(group) for one in runs] for group in range(len(block.groups))]
@@ -164,7 +169,7 @@ def test_a_group_that_does_not_run_is_an_error(keep: bool, tiny_folder: Folder) 
     with surroundings(source, head=False, dtype=torch.float32, device="cpu") as bypass:
         hidden, calls = bypass.record(tokens_of(), None)
     with filled(source, block) as module:
-        one = BlockRun(module, lambda: hidden, calls[0], keep=keep)
+        one = BlockRun(module, 0, lambda: hidden, passage_of(calls), keep=keep)
         with pytest.raises(ModelError, match="group 9 of the block did not run"):
             one.reach(9)
 
@@ -177,7 +182,7 @@ def test_waiting_blocks_leave_gradients_as_they_were(tiny_folder: Folder) -> Non
     with surroundings(source, head=False, dtype=torch.float32, device="cpu") as bypass:
         hidden, calls = bypass.record(tokens_of(), None)
     with filled(source, source.map.blocks[0]) as module:
-        abandoned = BlockRun(module, lambda: hidden, calls[0])
+        abandoned = BlockRun(module, 0, lambda: hidden, passage_of(calls))
         assert not abandoned.reach(1)[None].values.requires_grad
         assert torch.is_grad_enabled()
         with torch.no_grad():
@@ -220,7 +225,7 @@ def test_a_run_that_starts_anew_leaves_nothing_behind() -> None:
     with filled(source, block) as module:
         norm = module.get_submodule("post_attention_layernorm")
         handle = norm.register_forward_hook(lambda _, __, output: made.append(weakref.ref(output)))
-        run = BlockRun(module, lambda: hidden, calls[0], keep=False)
+        run = BlockRun(module, 0, lambda: hidden, passage_of(calls), keep=False)
         gc.disable()
         try:
             run.reach(3)

@@ -16,7 +16,7 @@ from mezzotint.errors import CalibrationError, ConfigError, NonFiniteError
 from mezzotint.models import Source, open_model
 from mezzotint.pipeline import backward, borders
 from mezzotint.pipeline.backward import sampled
-from mezzotint.pipeline.borders import Borders
+from mezzotint.pipeline.bypass import Passage
 from mezzotint.pipeline.noise import noise_insertion
 from mezzotint.pipeline.sensitivity import measure_sensitivity
 from pipeline.runs import TEXT, TINY_LLAMA, assert_same_bits, stock
@@ -234,13 +234,13 @@ def test_padding_and_empty_windows_do_not_count(tiny_folder: Folder) -> None:
 def test_one_block_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_model(TINY_LLAMA)
     filled: list[set[str]] = []
-    through = Borders.through
+    through = Passage.through
 
     def watched(*args: Any) -> Tensor:
         filled.append({name for name, p in source.skeleton.named_parameters() if p.device.type != "meta"})
         return through(*args)
 
-    monkeypatch.setattr(Borders, "through", watched)
+    monkeypatch.setattr(Passage, "through", watched)
     steps: list[tuple[int, int]] = []
     measure_sensitivity(source, random_windows(2, 8), progress=lambda *step: steps.append(step))
     assert steps == [(i, 8) for i in range(1, 9)]
@@ -271,11 +271,11 @@ def test_refusals(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_model(tiny_folder("llama"))
     with pytest.raises(ConfigError, match="no matrix 'nowhere'"):
         noise_insertion(source, random_windows(1, 8), ["nowhere"], energy=0.01)
-    through = Borders.through
-    monkeypatch.setattr(Borders, "through", lambda *args: through(*args) / 0)
+    through = Passage.through
+    monkeypatch.setattr(Passage, "through", lambda *args: through(*args) / 0)
     with pytest.raises(NonFiniteError, match="block 0 of 'llama' gives NaN or infinity"):
         measure_sensitivity(source, random_windows(1, 8))
-    monkeypatch.setattr(Borders, "through", lambda *args: through(*args).sqrt().nan_to_num())
+    monkeypatch.setattr(Passage, "through", lambda *args: through(*args).sqrt().nan_to_num())
     with pytest.raises(NonFiniteError, match="the gradient before block"):
         measure_sensitivity(source, random_windows(1, 8))
     assert all(p.device.type == "meta" for p in source.skeleton.parameters())

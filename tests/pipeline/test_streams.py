@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from mezzotint.calibration import Windows
 from mezzotint.errors import NonFiniteError
 from mezzotint.models import open_model
+from mezzotint.pipeline.bypass import surroundings
 from mezzotint.pipeline.memory import BATCH_TOKENS
-from mezzotint.pipeline.streams import Streams, batches_of, surroundings
+from mezzotint.pipeline.streams import Streams, batches_of
 from pipeline.runs import TINY_LLAMA, assert_same_bits, stock
 
 

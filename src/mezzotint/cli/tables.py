@@ -108,6 +108,11 @@ def show_plan(planned: Any, console: Console) -> None:
     console.print(table)
     for name, reason in _alike_kept(plan.kept):
         console.print(f"kept: {escape(name)}: {escape(reason)}", highlight=False)
+    for step, names in planned.steps_down.items():
+        parts = ", ".join(dict.fromkeys(re.sub(r"^.*?\.\d+\.|\[\d+\]", "", name) for name in names))
+        console.print(
+            f"stepped down: {escape(step.what)}: {escape(step.why)}: {escape(parts)} ({len(names)})", highlight=False
+        )
     console.print(
         f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without "
         f"scales and zero points), {size(plan.bytes)} in all, format {plan.format} ({planned.because})"

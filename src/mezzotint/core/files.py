@@ -30,6 +30,13 @@ class Compensation(Protocol):
     needs: ClassVar[frozenset[str]]
 
 
+class StepDown(NamedTuple):
+    """What a matrix gets instead of what the recipe says, and why that cannot serve it."""
+
+    what: str
+    why: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """What will be done to one matrix, and why."""
@@ -46,6 +53,7 @@ class Entry:
     submodules: Submodules | None = None
     compensation: Compensation | None = None
     curvature: Fisher | None = None
+    steps_down: tuple[StepDown, ...] = ()
 
     @property
     def basis(self) -> Transform | None:

@@ -101,6 +101,7 @@ class InputGroup:
         parameters: names of the parameters that hold them, in running order.
         norm: the normalisation whose output is the input, if there is one.
         added_to_residual: the output is added unchanged to the residual stream (false under post-norms).
+        stream: path of the module whose input is the stream that the output is added to, where there is one.
         experts: tokens differ per member, and so do the statistics.
     """
 
@@ -108,18 +109,30 @@ class InputGroup:
     parameters: tuple[str, ...]
     norm: NormEdge | None = None
     added_to_residual: bool = False
+    stream: str | None = None
     experts: bool = False
+
+    @property
+    def sees_residual(self) -> bool:
+        """Whether the stream that the outputs are added to can be compared with that of the original."""
+        return self.added_to_residual and self.stream is not None and not self.experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One transformer layer: where it is, what is in it and in which order it runs."""
+    """One transformer layer: where it is, what is in it and in which order it runs.
+
+    Attributes:
+        returns: of the tuple that its module returns, which members are tensors; empty where it returns the hidden
+            states alone.
+    """
 
     index: int
     path: str
     groups: tuple[InputGroup, ...]
     roles: tuple[Role, ...]
     kind: str
+    returns: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +147,7 @@ class ModelMap:
         final_norm: the normalisation before the head.
         parallel_residual: attention and MLP read the same stream and are added to it together.
         unmapped: parameters of blocks with two or more axes that no matrix of the map holds, with why they are kept.
+        merged: parameters that transformers makes of several weights of the checkpoint while it loads.
     """
 
     blocks: tuple[Block, ...]
@@ -143,6 +157,7 @@ class ModelMap:
     final_norm: NormEdge | None
     parallel_residual: bool
     unmapped: Mapping[str, str] = field(default_factory=dict)
+    merged: tuple[str, ...] = ()
 
     def looked_up(self, name: str) -> bool:
         """Whether a matrix is a token embedding that is no head: rows of it are taken, and nothing is multiplied."""

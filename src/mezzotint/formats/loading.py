@@ -16,6 +16,10 @@ from mezzotint.grids.uniform import UniformGrid
 ANY = "any"
 
 
+MERGED = "merged-weights"
+MIXED = "mixed-asymmetric"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loads:
     """What an engine loads of a format of uniform integers; engines.toml says what the fields are."""
@@ -90,7 +94,7 @@ class Engine:
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
         """Rules about several matrices at once.
 
-        ``fused-scheme``, one per class, ``mixed-schemes``, ``mixed-asymmetric``, ``dense-experts``.
+        ``fused-scheme``, one per class, ``mixed-schemes``, ``mixed-asymmetric``, ``dense-experts``, ``merged-weights``.
         """
         loads = self.loads.get(plan.format)
         if loads is None:
@@ -104,7 +108,7 @@ class Engine:
             refusals += [_refuses_class(fusion, members, schemes) for fusion, members in classes.items()]
         refusals.append(self._refuses_mixture(loads, list(dict.fromkeys(schemes.values()))))
         if not loads.experts:
-            refusals.append(_refuses_experts(model, schemes))
+            refusals.append(_refuses_merged(model, schemes))
         return tuple(refusal for refusal in refusals if refusal is not None)
 
     def _refuses_mixture(self, loads: Loads, distinct: Sequence[Scheme]) -> Refusal | None:
@@ -121,7 +125,7 @@ class Engine:
             )
         if loads.zero_points == "alone" and not all(scheme.symmetric for scheme in distinct):
             return Refusal(
-                rule="mixed-asymmetric",
+                rule=MIXED,
                 what=what,
                 value=value,
                 limit="transformers loads zero points only where one scheme serves all matrices",
@@ -182,13 +186,20 @@ def _refuses_class(fusion: str, members: list[Matrix], schemes: Mapping[str, Sch
     )
 
 
-def _refuses_experts(model: ModelMap, schemes: Mapping[str, Scheme]) -> Refusal | None:
-    """Experts that transformers stacks while it loads: in a packed folder it takes all of them for packed."""
-    stacked = next(
-        (m for m in model.matrices.values() if m.expert is not None and m.sources[0].endswith(".weight")), None
-    )
-    if stacked is None or not schemes:
+def _refuses_merged(model: ModelMap, schemes: Mapping[str, Scheme]) -> Refusal | None:
+    """Dense weights that transformers merges while it loads: in a packed folder it takes all of them for packed."""
+    if not schemes or not model.merged:
         return None
+    experts = {matrix.parameter: matrix for matrix in model.matrices.values() if matrix.expert is not None}
+    stacked = next((experts[name] for name in model.merged if name in experts), None)
+    if stacked is None:
+        return Refusal(
+            rule=MERGED,
+            what=model.merged[0],
+            value="dense, beside packed matrices",
+            limit="transformers merges it of several weights, and in a packed folder takes these for packed",
+            remedy="Use --for dense, or --for vllm.",
+        )
     return Refusal(
         rule="dense-experts",
         what=f"experts, such as {stacked.name}",

@@ -76,6 +76,16 @@ class BoundCheckpoint:
         """The checkpoint's tensors, by the name they have in the files."""
         return self.checkpoint.tensors
 
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Parameters that are made of several weights of the checkpoint."""
+        groups = {conversion.key: conversion for conversion in self.conversions.values()}.values()
+        return tuple(
+            conversion.key
+            for conversion in groups
+            if len(conversion.sources) > 1 and all(source.endswith(".weight") for source in conversion.sources)
+        )
+
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has this parameter or persistent buffer."""
         return self.aliases.get(name, name) in self.conversions

@@ -18,8 +18,9 @@ from mezzotint.core.contracts import Block, InputGroup, Matrix, ModelMap, NormEd
 from mezzotint.errors import ModelError
 from mezzotint.models import norms, roles
 from mezzotint.models.binding import BoundCheckpoint
+from mezzotint.models.flow import Product, Trace
 from mezzotint.models.skeleton import dematerialize, quiet
-from mezzotint.models.trace import Product, Trace, watch
+from mezzotint.models.trace import watch
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,11 @@ class _Draft:
     matrices: dict[str, Matrix] = field(default_factory=dict)
     unmapped: dict[str, str] = field(default_factory=dict)
     forms: dict[tuple[type, tuple[torch.Size, ...]], norms.NormForm | None] = field(default_factory=dict)
+    names: dict[int, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, parameter in self.skeleton.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(parameter), []).append(name)
 
 
 def infer(skeleton: PreTrainedModel, checkpoint: BoundCheckpoint | None) -> ModelMap:
@@ -62,6 +68,7 @@ def infer(skeleton: PreTrainedModel, checkpoint: BoundCheckpoint | None) -> Mode
         final_norm=final_norm,
         parallel_residual=any(_is_parallel(trace, index) for index in range(len(blocks))),
         unmapped=draft.unmapped,
+        merged=() if checkpoint is None else checkpoint.merged,
     )
 
 
@@ -72,11 +79,21 @@ def _watch_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module], Trac
     for path, blocks in _candidates(skeleton):
         trace = _watch(skeleton, blocks)
         if trace.block_order == list(range(len(blocks))):
+            _check_joints(path, trace)
             return path, blocks, trace
     raise ModelError(
         f"{type(skeleton).__name__} has no list of modules that run once each, in sequence: there are no blocks to "
         "quantize one after the other. Give a decoder."
     )
+
+
+def _check_joints(path: str, trace: Trace) -> None:
+    if trace.bridged:
+        index = trace.bridged[0]
+        raise ModelError(
+            f"the model changes the hidden states between {path}.{index - 1} and {path}.{index}; blocks are run one by "
+            "one, each on what the one before gave. Quantize such a model elsewhere, or report it."
+        )
 
 
 def _candidates(skeleton: PreTrainedModel) -> list[tuple[str, list[nn.Module]]]:
@@ -159,7 +176,7 @@ def _block(draft: _Draft, index: int, block: nn.Module) -> Block:
         members.extend(roles.Member(m, owner, parent) for m in _matrices(draft, f"{path}.{name}", owner))
     order = {name: position for position, name in enumerate(draft.trace.products)}
     members.sort(key=lambda member: order[member.matrix.parameter])
-    groups = _groups(draft, [member.matrix for member in members])
+    groups = _groups(draft, index, [member.matrix for member in members])
     number = {name: i for i, group in enumerate(groups) for name in group.matrices}
     config = draft.skeleton.config.get_text_config()
     found = roles.block_roles(config, members, number)
@@ -171,7 +188,8 @@ def _block(draft: _Draft, index: int, block: nn.Module) -> Block:
         draft.matrices[matrix.name] = replace(matrix, fusion=fusions[matrix.name])
     kinds = getattr(config, "layer_types", None) or ()
     kind = kinds[index] if index < len(kinds) else "decoder"
-    return Block(index=index, path=path, groups=groups, roles=found, kind=kind)
+    returns = draft.trace.returned.get(index, ())
+    return Block(index=index, path=path, groups=groups, roles=found, kind=kind, returns=returns)
 
 
 def _why_kept(draft: _Draft, name: str, parameter: Tensor, block: int) -> str | None:
@@ -189,11 +207,20 @@ def _why_kept(draft: _Draft, name: str, parameter: Tensor, block: int) -> str | 
         return "a router: its products are ranked, to choose experts or tokens"
     if not product.observable:
         return "not applied to the input of its module, so its inputs cannot be observed"
+    if parameter.dim() == 2 and name not in draft.trace.given:
+        return "its module gives something else than its product, as routers do"
     if product.runs > 1 and parameter.dim() == 2:
         return "applied more than once in a forward pass"
     if parameter.dim() == 2 and 1 in parameter.shape:
         return "a vector: one row or one column"
-    return None
+    return _shared(draft, name, parameter, block)
+
+
+def _shared(draft: _Draft, name: str, parameter: Tensor, block: int) -> str | None:
+    """Why a parameter that several blocks share is kept: what is best for it in one block is not in another."""
+    names = draft.names[id(parameter)]
+    others = [other for other in names if other != name and not other.startswith(f"{draft.path}.{block}.")]
+    return f"shared with {others[0]}" if others else None
 
 
 def _matrices(draft: _Draft, name: str, owner: nn.Module) -> Iterator[Matrix]:
@@ -220,7 +247,7 @@ def _matrices(draft: _Draft, name: str, owner: nn.Module) -> Iterator[Matrix]:
         )
 
 
-def _groups(draft: _Draft, matrices: Sequence[Matrix]) -> tuple[InputGroup, ...]:
+def _groups(draft: _Draft, index: int, matrices: Sequence[Matrix]) -> tuple[InputGroup, ...]:
     gathered: dict[tuple[int, str], list[Matrix]] = {}
     for matrix in matrices:
         operand = _operand(draft, matrix.parameter)
@@ -232,10 +259,21 @@ def _groups(draft: _Draft, matrices: Sequence[Matrix]) -> tuple[InputGroup, ...]
             parameters=tuple(dict.fromkeys(m.parameter for m in members)),
             norm=_norm(draft, operand),
             added_to_residual=all(m.parameter in draft.trace.added for m in members),
+            stream=_stream(draft.trace, index, [m.parameter for m in members]),
             experts=members[0].expert is not None,
         )
         for (operand, _), members in gathered.items()
     )
+
+
+def _stream(trace: Trace, block: int, parameters: Sequence[str]) -> str | None:
+    """The module of the block whose input is what the products of these parameters are added to."""
+    numbers = {trace.added.get(parameter) for parameter in parameters}
+    number = numbers.pop() if len(numbers) == 1 else None
+    # a parallel block adds one product after the other, and what is read is the stream before them
+    while number is not None and (block, number) not in trace.stream_readers:
+        number = trace.before.get(number)
+    return None if number is None else trace.stream_readers[block, number]
 
 
 def _operand(draft: _Draft, parameter: str) -> int:

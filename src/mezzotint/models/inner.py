@@ -94,18 +94,26 @@ def last_input(
     raise ModelError(f"{type(module).__name__} does not run its last linear.")
 
 
-def attention_observable(skeleton: PreTrainedModel, paths: Mapping[str, str]) -> set[str]:
-    """Of some modules those that call attention through transformers' interface; runs the model without data.
+def attention_unseen(skeleton: PreTrainedModel, paths: Mapping[str, str]) -> dict[str, str]:
+    """Of some modules those whose attention `attended` cannot see, with why; runs the model without data.
 
     Args:
         skeleton: its parameters are on ``meta`` before and after.
         paths: of the modules, by any name.
     """
     modules = {name: skeleton.get_submodule(path) for name, path in paths.items()}
-    seen: set[nn.Module] = set()
+    seen: dict[nn.Module, str | None] = {}
 
-    def note(module: nn.Module, query: Tensor, _: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
-        seen.add(module)
+    def note(
+        module: nn.Module,
+        query: Tensor,
+        _key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, None]:
+        seen[module] = None if attention_mask is None else _odd_mask(attention_mask)
         windows, heads, seqlen, _dim = query.shape
         return query.new_zeros(windows, seqlen, heads, value.shape[-1]), None
 
@@ -117,11 +125,38 @@ def attention_observable(skeleton: PreTrainedModel, paths: Mapping[str, str]) ->
             for hook in _switching(module, note):
                 stack.callback(hook.remove)
         run_without_data(skeleton, run)
-    return {name for name, module in modules.items() if module in seen}
+    uncalled = "its attention is not called through transformers' interface, so its heads cannot be seen"
+    found = {name: seen.get(module, uncalled) for name, module in modules.items()}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def underivable(module: nn.Module) -> str | None:
+    """Why `torch.func` cannot differentiate what a module does between its linears, or None.
+
+    Args:
+        module: an MLP; its functions without parameters are tried.
+    """
+    for name, part in module.named_modules():
+        if next(part.children(), None) is not None or next(part.parameters(), None) is not None:
+            continue
+        try:
+            torch.func.vjp(part, torch.zeros(1, 2))
+        except RuntimeError as error:
+            if "autograd.Function" in str(error):
+                return f"{name} ({type(part).__name__}) is written for plain gradients only"
+        except (TypeError, ValueError, IndexError):
+            continue  # it takes something else than one tensor of this shape
+    return None
 
 
 def _see(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *_: Any,
+    **options: Any,
 ) -> None:
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -131,7 +166,7 @@ def _see(
             query=query,
             key=key,
             value=value,
-            visible=_visible(mask, query, causal=causal),
+            visible=_visible(attention_mask, query, causal=causal),
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=options.get("softcap"),
             sinks=options.get("s_aux"),
@@ -143,8 +178,9 @@ def _visible(mask: Tensor | None, query: Tensor, *, causal: bool) -> Tensor | No
     seqlen = query.shape[2]
     if mask is None:
         return None if causal else torch.ones(1, seqlen, seqlen, dtype=torch.bool, device=query.device)
-    if mask.dim() != 4 or mask.shape[1] != 1:
-        raise ModelError(f"attention has a mask of shape {tuple(mask.shape)}, where one for all heads is understood.")
+    why = _odd_mask(mask)
+    if why is not None:
+        raise ModelError(f"{why}. Use --set submodules.parts=[updown].")
     mask = mask[:, 0, :, :seqlen]
     if mask.dtype == torch.bool:
         return mask
@@ -152,6 +188,12 @@ def _visible(mask: Tensor | None, query: Tensor, *, causal: bool) -> Tensor | No
     if bool(mask.masked_select(visible).any()):
         raise ModelError("attention adds a bias to its scores, which submodules cannot see. Leave qk and vo out.")
     return visible
+
+
+def _odd_mask(mask: Tensor) -> str | None:
+    if mask.dim() == 4 and mask.shape[1] == 1:
+        return None
+    return f"attention has a mask of shape {tuple(mask.shape)}, where one for all heads is understood"
 
 
 @contextmanager
@@ -191,7 +233,8 @@ def _giving(outputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """Linears give tensors that are known."""
     with ExitStack() as stack:
         for linear, output in outputs.items():
-            stack.enter_context(_replaced(linear, lambda *_, output=output: output))
+            # a copy: some models change it in place
+            stack.enter_context(_replaced(linear, lambda *_, output=output: output.clone()))
         yield
 
 

@@ -75,6 +75,7 @@ def materialize(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    recurse: bool = True,
 ) -> None:
     """Load the parameters and persistent buffers of ``module`` and move its other buffers to ``device``.
 
@@ -85,11 +86,12 @@ def materialize(
         dtype: of floating-point parameters; None keeps the checkpoint's. Parameters that the architecture keeps in
             float32 stay so; integers, booleans and buffers keep their dtype.
         device: where everything goes.
+        recurse: with all modules in it; otherwise only what is its own.
     """
     dot = f"{prefix}." if prefix else ""
     wide = _kept_wide(checkpoint.skeleton, dtype)
     loaded: dict[int, nn.Parameter] = {}
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
         if id(parameter) not in loaded:
             value = checkpoint.parameter(dot + name).to(device)
             if dtype is not None and value.is_floating_point():
@@ -97,15 +99,15 @@ def materialize(
             loaded[id(parameter)] = nn.Parameter(value, requires_grad=False)
         _assign(module, name, loaded[id(parameter)])
     persistent = set(module.state_dict())
-    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
+    for name, buffer in list(module.named_buffers(recurse=recurse, remove_duplicate=False)):
         value = checkpoint.parameter(dot + name) if name in persistent and checkpoint.holds(dot + name) else buffer
         _assign(module, name, value.to(device=device, dtype=buffer.dtype))
 
 
-def dematerialize(module: nn.Module) -> None:
+def dematerialize(module: nn.Module, *, recurse: bool = True) -> None:
     """Give the memory of the parameters of ``module`` back: they are on ``meta`` again. Buffers stay."""
     emptied: dict[int, nn.Parameter] = {}
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
         if parameter.device.type != "meta" and id(parameter) not in emptied:
             emptied[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         _assign(module, name, emptied.get(id(parameter), parameter))

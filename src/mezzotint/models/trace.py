@@ -7,7 +7,7 @@ same tensor" means the same numbers, however they are laid out.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,84 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from mezzotint.models import experts
+from mezzotint.models.flow import Product, Trace, Value
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv"})
 COPIES = frozenset({"clone", "_to_copy", "copy"})
 RANKINGS = frozenset({"topk", "sort", "argmax"})
 SCALAR = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (what Tensor.item calls)
 TOKENS = (2, 5)  # unlike any dimension that a model has
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """What a tensor was made of, since its block began.
-
-    Attributes:
-        number: the same for views and copies, and for nothing else.
-        parameter: name of the parameter that this is.
-        terms: parameters whose products are unchanged summands of it.
-        upstream: parameters whose products it depends on.
-        nearest: those reached without passing the product of another parameter.
-        stream: it is the residual stream of the block.
-        mixed: a product of two things that both depend on the input is part of it: attention.
-    """
-
-    number: int
-    parameter: str | None = None
-    terms: frozenset[str] = frozenset()
-    upstream: frozenset[str] = frozenset()
-    nearest: frozenset[str] = frozenset()
-    stream: bool = False
-    mixed: bool = False
-
-
-@dataclass(slots=True)
-class Product:
-    """A parameter that was multiplied with something.
-
-    Attributes:
-        operand: what it was multiplied with, at its first run.
-        transposed: the product is ``x @ parameter``.
-        observable: the operand is the input of the module that owns the parameter.
-        block: index of the block it ran in.
-        runs: how often it ran.
-    """
-
-    parameter: str
-    operand: Value
-    transposed: bool
-    observable: bool
-    block: int | None
-    runs: int = 1
-
-
-@dataclass(slots=True)
-class Trace:
-    """What one forward pass showed.
-
-    Attributes:
-        products: by parameter, in running order.
-        added: parameters whose product reaches the residual stream unchanged.
-        ranked: parameters whose product is ranked, to choose among things.
-        stages: parameters of observed experts with their input, in running order.
-        norms: path of a module without products and without children, by the number of its output.
-        norm_runs: how often such a module ran.
-        norms_of_stream: those whose input is the residual stream.
-        read: numbers of values that something else than a product reads.
-        block_order: indices of the blocks as they ran.
-        embeddings: parameters that were looked up with the token ids.
-    """
-
-    products: dict[str, Product] = field(default_factory=dict)
-    added: set[str] = field(default_factory=set)
-    ranked: set[str] = field(default_factory=set)
-    stages: dict[str, Value] = field(default_factory=dict)
-    norms: dict[int, str] = field(default_factory=dict)
-    norm_runs: dict[str, int] = field(default_factory=dict)
-    norms_of_stream: set[str] = field(default_factory=set)
-    read: set[int] = field(default_factory=set)
-    block_order: list[int] = field(default_factory=list)
-    embeddings: list[str] = field(default_factory=list)
 
 
 class _Call(NamedTuple):
@@ -121,6 +50,7 @@ class Watcher(TorchDispatchMode):
         self._rules: dict[Any, tuple[Callable[[_Call], None], tuple[int, ...]]] = {}
         self._chosen: dict[int, frozenset[str]] = {}
         self._ids = -1
+        self._given: int | None = None
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             key = self._storage(parameter)
             self._parameters[key] = (*self._parameters.get(key, ()), name)
@@ -217,7 +147,7 @@ class Watcher(TorchDispatchMode):
         weight, operand = (right, a) if b.parameter is not None else (left, b)
         # [in, out] as the right factor of x @ W, [out, in] as the left one of W @ x
         row_major = weight.stride(-1) == 1 and weight.stride(-2) == weight.shape[-1]
-        name = self._name(weight, operand)
+        name = self._name(b if weight is right else a, operand)
         known = self.trace.products.get(name)
         if known is None:
             self.trace.products[name] = Product(
@@ -236,9 +166,9 @@ class Watcher(TorchDispatchMode):
         value = Value(next(self._numbers), terms=made, upstream=upstream, nearest=made, mixed=operand.mixed)
         self._record(call, value)
 
-    def _name(self, weight: Tensor, operand: Value) -> str:
+    def _name(self, weight: Value, operand: Value) -> str:
         """Of several names of a tied parameter, that of the module whose input this is."""
-        names = self._parameters[self._storage(weight)]
+        names = next(names for names in self._parameters.values() if names[0] == weight.parameter)
         return next((n for n in names if self._inputs.get(n.rpartition(".")[0]) == operand.number), names[0])
 
     def _attention(self, call: _Call) -> None:
@@ -250,10 +180,14 @@ class Watcher(TorchDispatchMode):
         plain = len(values) == 2 and call.kwargs.get("alpha", 1) == 1
         # a bias may be broadcast; a term of the stream has its shape
         if plain and (any(v.parameter for v in values) or call.inputs[0].shape == call.inputs[1].shape):
-            terms, stream = values[0].terms | values[1].terms, values[0].stream or values[1].stream
-            if stream:
-                self.trace.added |= terms
-            mixed = replace(mixed, terms=terms, stream=stream)
+            streams = [v for v in values if v.stream]
+            mixed = replace(mixed, terms=values[0].terms | values[1].terms, stream=bool(streams))
+            if len(streams) == 1:
+                (other,) = (v for v in values if not v.stream)
+                for term in other.terms:
+                    self.trace.added.setdefault(term, streams[0].number)
+                if other.terms:
+                    self.trace.before[mixed.number] = streams[0].number
         self._record(call, mixed)
 
     def _ranking(self, call: _Call) -> None:
@@ -315,20 +249,35 @@ class Watcher(TorchDispatchMode):
             axes = max((p.dim() for p in own), default=0)
             if axes >= 2:
                 yield module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
+                yield module.register_forward_hook(self._on_output)
             elif own and axes == 1 and next(module.children(), None) is None:
                 yield module.register_forward_hook(self._on_norm(name), with_kwargs=True)
+            if next(module.children(), None) is None:
+                yield module.register_forward_pre_hook(self._on_stream(name))
             if axes == 3:
                 experts.set_observer(module, self._on_stage(name), dry=True)
                 yield _Unobserve(module)
         for index, module in enumerate(blocks):
             yield module.register_forward_pre_hook(self._on_block(index), with_kwargs=True)
-            yield module.register_forward_hook(self._after_block)
+            yield module.register_forward_hook(self._after_block(index))
 
     def _on_input(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
             first = next(_tensors((*args, *kwargs.values())), None)
             if first is not None:
                 self._inputs[name] = self.value(first).number
+
+        return hook
+
+    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            terms = self.value(output).terms
+            self.trace.given |= terms if len(terms) == 1 else frozenset()
+
+    def _on_stream(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any) -> None:
+            if args and isinstance(args[0], Tensor) and (value := self.value(args[0])).stream:
+                self.trace.stream_readers.setdefault((self.block, value.number), name)
 
         return hook
 
@@ -357,12 +306,21 @@ class Watcher(TorchDispatchMode):
             self.trace.block_order.append(index)
             hidden = next((t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()), None)
             if hidden is not None:
+                if self._given is not None and self.value(hidden).number != self._given:
+                    self.trace.bridged.append(index)
                 self.set(hidden, Value(self.value(hidden).number, stream=True))
 
         return hook
 
-    def _after_block(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.block = None
+    def _after_block(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.block = None
+            if isinstance(output, tuple):
+                self.trace.returned[index] = tuple(isinstance(value, Tensor) for value in output)
+            first = next(_tensors((output,)), None)
+            self._given = None if first is None else self.value(first).number
+
+        return hook
 
 
 @dataclass(frozen=True, slots=True)

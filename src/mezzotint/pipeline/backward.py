@@ -11,8 +11,7 @@ from mezzotint.core.contracts import Block
 from mezzotint.core.metrics import token_nll
 from mezzotint.errors import CalibrationError, NonFiniteError
 from mezzotint.pipeline.borders import Borders
-from mezzotint.pipeline.capture import Bypass
-from mezzotint.pipeline.streams import surroundings
+from mezzotint.pipeline.bypass import Beside, Bypass, surroundings
 
 
 class Backward:
@@ -38,6 +37,8 @@ class Backward:
         self.window = 0
         self.counts = [sum(map(len, borders.scored(window))) for window in range(len(borders))]
         self._seed = seed
+        # what arrived at values that blocks hand on beside the hidden states: by window, name and writer
+        self._beside: dict[tuple[int, str, int], Tensor] = {}
         if not sum(self.counts):
             raise CalibrationError("no window has two tokens in a row, so nothing is predicted. Give longer windows.")
 
@@ -64,11 +65,17 @@ class Backward:
         with self.borders.filled(block) as module, torch.enable_grad(), self.watched(block):
             for window in range(len(self.borders)):
                 self.window = window
-                hidden = self.borders.get(block.index, window).detach().requires_grad_(True)
+                hidden, beside = self.borders.get(block.index, window).detach().requires_grad_(True), Beside()
                 gradient = self.borders.pop(block.index + 1, window)
-                torch.autograd.backward(self.borders.through(module, block, window, hidden), gradient)
+                output = self.borders.again(module, block, window, hidden, beside)
+                ends = {(name, block.index): value for name, value in beside.written.items()}
+                arrived = {key: self._beside.pop((window, *key)) for key in ends if (window, *key) in self._beside}
+                torch.autograd.backward([output, *(ends[key] for key in arrived)], [gradient, *arrived.values()])
                 assert hidden.grad is not None
                 self._keep(block.index, window, hidden.grad)
+                for key, leaf in beside.read.items():
+                    if leaf.grad is not None:
+                        self._beside[window, *key] = self._beside.get((window, *key), 0) + leaf.grad
 
     def watched(self, block: Block) -> AbstractContextManager[None]:
         """Look at what arrives in a block, while it is passed."""

@@ -12,10 +12,9 @@ from mezzotint.core.contracts import Block
 from mezzotint.errors import NonFiniteError
 from mezzotint.evaluation import chunks
 from mezzotint.models import Source, dematerialize, materialize
-from mezzotint.pipeline.capture import Call, through
+from mezzotint.pipeline.bypass import Beside, Passage, surroundings
 from mezzotint.pipeline.memory import GRADIENT_BYTES
-from mezzotint.pipeline.residency import Store
-from mezzotint.pipeline.streams import surroundings
+from mezzotint.pipeline.residency import Shelf, Store
 
 
 def counted(progress: Callable[[int, int], None], total: int) -> Callable[[], None]:
@@ -39,6 +38,7 @@ class Borders:
         source: the original; one block of it is in memory at a time.
         windows: tokens.
         store: takes the states, ``(blocks + 1) * windows * seqlen * width`` numbers.
+        shelf: takes what blocks hand on beside them.
         device: where blocks run.
         dtype: in which they run.
         step: told of every block done.
@@ -53,6 +53,7 @@ class Borders:
         windows: Windows,
         *,
         store: Store,
+        shelf: Shelf,
         device: str,
         dtype: torch.dtype,
         step: Callable[[], None],
@@ -63,17 +64,17 @@ class Borders:
         self.last = len(source.map.blocks)
         self._windows = windows
         self._store = store
-        self._calls: list[list[Call]] = []
+        self._passages: list[Passage] = []
         with torch.no_grad():
             with surroundings(source, head=False, dtype=dtype, device=device) as bypass:
                 for window in range(len(windows)):
                     hidden, calls = bypass.record(self.tokens(window), self.mask(window))
-                    self._calls.append(calls)
+                    self._passages.append(Passage(calls, shelf, history=True))
                     self.put(0, window, hidden)
             for block in source.map.blocks:
                 with self.filled(block) as module:
                     for window in range(len(windows)):
-                        output = self.through(module, block, window, self.get(block.index, window))
+                        output = self._passages[window].through(module, block.index, self.get(block.index, window))
                         if not torch.isfinite(output).all():
                             raise NonFiniteError(
                                 f"block {block.index} of {source.folder.name!r} gives NaN or infinity in {dtype}; "
@@ -125,6 +126,10 @@ class Borders:
         finally:
             dematerialize(module)
 
-    def through(self, module: nn.Module, block: Block, window: int, hidden: Tensor) -> Tensor:
-        """What the block makes of a window's hidden states."""
-        return through(module, hidden, self._calls[window][block.index])
+    def again(self, module: nn.Module, block: Block, window: int, hidden: Tensor, beside: Beside) -> Tensor:
+        """What the block makes of a window's hidden states; ``beside`` is told what else it reads and gives."""
+        return self._passages[window].through(module, block.index, hidden, beside)
+
+    def passage(self, window: int, block: int) -> Passage:
+        """Another way of a window from that block on."""
+        return self._passages[window].branch(block)

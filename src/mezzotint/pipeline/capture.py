@@ -1,4 +1,4 @@
-"""Running a model block by block: what goes into each block, and what goes into each input group of it."""
+"""Standing still inside a block: what goes into each input group of it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ import greenlet
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from mezzotint.core.structure import Block
 from mezzotint.errors import ModelError
 from mezzotint.models.experts import set_observer
+from mezzotint.pipeline.bypass import Call, Passage, split_call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,141 +34,20 @@ class Inputs:
 GroupInputs = Mapping[int | None, Inputs]  # by expert; None for a matrix that is not an expert
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Arguments of one block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def first(self, windows: int, of: int) -> "Call":
-        """The same for the first windows of its batch; what all ``of`` windows share stays."""
-
-        def cut(value: Any) -> Any:
-            own = isinstance(value, Tensor) and value.dim() > 1 and len(value) == of
-            return value[:windows] if own else value
-
-        args, kwargs = tree_map(cut, (self.args, dict(self.kwargs)))
-        return Call(args, kwargs)
-
-
-def through(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The block's output."""
-    output = block(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
-
-
-class _LastBlockReachedError(Exception):
-    """Leaves the model's forward: nothing after the blocks is wanted."""
-
-
-class Bypass:
-    """Runs the real model code around the blocks, with every block replaced by one that hands the hidden states on.
-
-    One cheap forward gives the embedded tokens and each block's own masks, positions and rotary tables; another one
-    turns the last block's output into logits, whatever the model does to them.
-
-    Both can be differentiated in whatever of it has been asked to have a gradient; usually nothing has.
-
-    Args:
-        skeleton: the model, with what is run outside the blocks materialised.
-        paths: of the blocks, in running order.
-    """
-
-    def __init__(self, skeleton: nn.Module, paths: Sequence[str]) -> None:
-        self._skeleton = skeleton
-        self._blocks = [skeleton.get_submodule(path) for path in paths]
-        self._seen: list[Tensor] = []
-        self._returns_tuple: dict[type, bool] = {}
-
-    def record(self, tokens: Int[Tensor, "windows seqlen"], mask: Tensor | None) -> tuple[Tensor, list[Call]]:
-        """The embedded tokens, and the call of each block."""
-        calls: list[Call] = []
-        embedded: list[Tensor] = []
-
-        def see(hidden: Tensor, call: Call) -> Tensor:
-            embedded.append(hidden)
-            calls.append(Call(*tree_map(self._shared, (call.args, dict(call.kwargs)))))
-            if len(calls) == len(self._blocks):
-                raise _LastBlockReachedError
-            return hidden
-
-        try:
-            self._forward(see, tokens, mask)
-        except _LastBlockReachedError:
-            return embedded[0], calls
-        raise ModelError(
-            "the model's forward never ran its last block; this architecture cannot be run block by block."
-        )
-
-    def logits(
-        self, tokens: Int[Tensor, "windows seqlen"], hidden: Tensor, positions: Int[Tensor, " kept"]
-    ) -> Float[Tensor, "windows kept vocab"]:
-        """Logits at some positions, given the last block's output."""
-        output = self._forward(lambda _, __: hidden, tokens, None, logits_to_keep=positions)
-        return output.logits if output.logits.shape[1] == len(positions) else output.logits[:, positions]
-
-    def _forward(self, see: Callable[[Tensor, Call], Tensor], tokens: Tensor, mask: Tensor | None, **extra: Any) -> Any:
-        def stand_in(block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, call = _split(args, kwargs)
-                result = see(hidden, call)
-                return (result,) if self._tuple(block, original, hidden, call) else result
-
-            return forward
-
-        try:
-            for block in self._blocks:
-                block.forward = stand_in(block, block.forward)
-            return self._skeleton(input_ids=tokens, attention_mask=mask, use_cache=False, **extra)
-        finally:
-            for block in self._blocks:
-                block.__dict__.pop("forward", None)
-
-    def _tuple(self, block: nn.Module, forward: Callable[..., Any], hidden: Tensor, call: Call) -> bool:
-        """Whether the block returns a tuple: found once per class by running it on the meta device."""
-        known = self._returns_tuple.get(type(block))
-        if known is None:
-            moved = tree_map(
-                lambda x: x.to("meta") if isinstance(x, Tensor) else x, (hidden, call.args, dict(call.kwargs))
-            )
-            known = isinstance(forward(moved[0], *moved[1], **moved[2]), tuple)
-            self._returns_tuple[type(block)] = known
-        return known
-
-    def _shared(self, value: Any) -> Any:
-        """The same tensor for equal values: masks and rotary tables are kept once, not per block and batch."""
-        if not isinstance(value, Tensor):
-            return value
-        for seen in self._seen:
-            alike = seen.shape == value.shape and seen.dtype == value.dtype
-            if seen is value or (alike and torch.equal(seen, value)):
-                return seen
-        self._seen.append(value)
-        return value
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), Call((), rest)
-
-
 class _Paused(greenlet.greenlet):
     """One batch's pass through a block, which can stand still inside the block.
 
     Attributes:
-        stream: input of the norm that ran last: what the branch behind it will be added to.
-        added: outputs that a parallel block has added to the stream since.
+        streams: what branches are added to: inputs of modules, by their paths (`InputGroup.stream`).
+        added: outputs that a parallel block has added to its stream.
         noted: calls of the modules that are to be noted, by their paths.
     """
 
-    stream: Tensor | None = None
     added: Tensor | None = None
 
     def __init__(self, run: Callable[[], Any]) -> None:
         super().__init__(run)
+        self.streams: dict[str, Tensor] = {}
         self.noted: dict[str, Call] = {}
 
 
@@ -179,23 +58,31 @@ class BlockRun:
     so a group can be quantized while every batch waits before it, and no prefix is ever computed twice.
 
     Args:
-        block: the module.
+        module: the block.
+        block: its index.
         hidden: ``[windows, seqlen, width]``.
-        call: the other arguments.
+        passage: has the other arguments.
         keep: stay inside the block between stops; otherwise memory is freed and the next stop starts from the front.
 
     Attributes:
-        call: as it was given.
         noted: calls of the modules that `stops` was told to note, by their paths, as far as the block has run.
     """
 
-    def __init__(self, block: nn.Module, hidden: Callable[[], Tensor], call: Call, *, keep: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, block: int, hidden: Callable[[], Tensor], passage: Passage, *, keep: bool = True
+    ) -> None:
+        self._module = module
         self._block = block
         self._hidden = hidden
-        self.call = call
+        self._passage = passage
         self._keep = keep
         self._run: _Paused | None = None
         self.noted: Mapping[str, Call] = {}
+
+    @property
+    def call(self) -> Call:
+        """Arguments of the block besides the hidden states."""
+        return self._passage.call(self._block)
 
     def reach(self, group: int) -> GroupInputs:
         """Run on to a group and give its inputs."""
@@ -236,7 +123,7 @@ class BlockRun:
             return self._run.switch()
 
     def _forward(self) -> tuple[str, Tensor]:
-        return "end", through(self._block, self._hidden(), self.call)
+        return "end", self._passage.through(self._module, self._block, self._hidden())
 
 
 def _current() -> _Paused | None:
@@ -265,16 +152,15 @@ def stops(skeleton: nn.Module, block: Block, *, parallel: bool, noted: Sequence[
         skeleton.get_submodule(path).register_forward_pre_hook(_note_call(path), with_kwargs=True) for path in noted
     ]
     observed: dict[nn.Module, dict[str, int]] = {}
-    for norm in dict.fromkeys(group.norm for group in block.groups if group.norm is not None):
-        module = skeleton.get_submodule(norm.parameter.rpartition(".")[0])
-        handles.append(module.register_forward_pre_hook(_note_stream))
+    for path in dict.fromkeys(group.stream for group in block.groups if group.stream is not None):
+        handles.append(skeleton.get_submodule(path).register_forward_pre_hook(_note_stream(path)))
     for index, group in enumerate(block.groups):
         module_path, _, attribute = group.parameters[0].rpartition(".")
         module = skeleton.get_submodule(module_path)
         if group.experts:
             observed.setdefault(module, {})[attribute] = index
             continue
-        handles.append(module.register_forward_pre_hook(_linear_stop(index, group.added_to_residual)))
+        handles.append(module.register_forward_pre_hook(_linear_stop(index, group.stream)))
         if parallel and group.added_to_residual:
             handles.append(module.register_forward_hook(_note_added))
     for module, indices in observed.items():
@@ -292,17 +178,18 @@ def _note_call(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = _current()
         if current is not None:
-            current.noted[path] = _split(args, kwargs)[1]
+            current.noted[path] = split_call(args, kwargs)[1]
 
     return hook
 
 
-def _note_stream(_: nn.Module, args: tuple[Any, ...]) -> None:
-    current = _current()
-    if current is not None:
-        if args[0] is not current.stream:  # a parallel block norms the same stream twice
-            current.added = None
-        current.stream = args[0]
+def _note_stream(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        current = _current()
+        if current is not None:
+            current.streams[path] = args[0]
+
+    return hook
 
 
 def _note_added(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
@@ -311,12 +198,12 @@ def _note_added(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         current.added = output if current.added is None else current.added + output
 
 
-def _linear_stop(index: int, added_to_residual: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _linear_stop(index: int, path: str | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         current = _current()
         if current is None:
             return
-        stream = current.stream if added_to_residual else None
+        stream = None if path is None else current.streams[path]
         if stream is not None:
             stream = (stream if current.added is None else stream + current.added).flatten(0, -2)
         _stop(index, {None: Inputs(values=args[0].flatten(0, -2), stream=stream)})

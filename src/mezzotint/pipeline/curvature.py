@@ -56,9 +56,9 @@ def measure_curvature(
     sizes = {e.matrix: e.curvature.block_size for e in entries if e.curvature is not None}
     tokens = max(e.curvature.tokens for e in entries if e.curvature is not None)
     step = counted(progress, 2 * len(source.map.blocks) + 1)
-    with temporary_stores(1, memory, folder) as (store,):
+    with temporary_stores(1, memory, folder) as (store, shelf):
         some = windows_for(windows, tokens)
-        borders = Borders(source, some, store=store, device=device, dtype=dtype, step=step)
+        borders = Borders(source, some, store=store, shelf=shelf, device=device, dtype=dtype, step=step)
         gradients = _Gradients(borders, seed, sizes)
         gradients.through_head()
         step()

@@ -294,7 +294,7 @@ class Descent:
         original = self._cut(batch, self._streams.original_inputs(batch, group, last=False)[None].values, part)
         weights = self._weights(batch, inputs)
         call = run.noted[self._places["q"].around].first(len(inputs), of=len(self._streams.batches[batch].tokens))
-        seen = self._attended(call, "q", inputs.new_zeros(()).expand(*inputs.shape[:2], len(self._rows("q"))))
+        seen = self._attended(call, "q", inputs.new_zeros(*inputs.shape[:2], len(self._rows("q"))))
         return AttentionBatch(
             inputs=inputs,
             original=original,
@@ -317,8 +317,7 @@ class Descent:
         module = self._source.skeleton.get_submodule
         others = {place.linear: place for place in (self._places[other] for other in ("q", "k", "v"))}
         given = {
-            module(path): outputs.new_zeros(()).expand(*outputs.shape[:2], place.matrix.shape[0])
-            for path, place in others.items()
+            module(path): outputs.new_zeros(*outputs.shape[:2], place.matrix.shape[0]) for path, place in others.items()
         }
         given[module(self._places[kind].linear)] = self._places[kind].into(outputs)
         around = self._places["q"].around

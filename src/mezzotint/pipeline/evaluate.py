@@ -16,11 +16,11 @@ from mezzotint.core.precision import PRECISIONS, products_in
 from mezzotint.errors import CalibrationError, ConfigError, NonFiniteError, WriteError, unknown
 from mezzotint.evaluation import Divergence, Evaluation, chunks
 from mezzotint.models import Source, dematerialize, materialize
-from mezzotint.pipeline.capture import Bypass, through
+from mezzotint.pipeline.bypass import Bypass, Passage, surroundings
 from mezzotint.pipeline.costs import LOGIT_BYTES
-from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.residency import Budget, Shelf, Store
 from mezzotint.pipeline.source import open_source
-from mezzotint.pipeline.streams import Batch, batches_of, surroundings
+from mezzotint.pipeline.streams import Batch, batches_of
 
 DEFAULT_SEQLEN = 2048
 
@@ -138,7 +138,8 @@ def _compare(
         done += 1
         progress(done, total)
 
-    finals = [run_blocks(sources[0], batches, Store(budget, scratch), device=device, step=step)]
+    shelf = Shelf(budget, scratch)
+    finals = [run_blocks(sources[0], batches, Store(budget, scratch), shelf, device=device, step=step)]
     for source in sources[1:]:
         store = Store(budget, scratch)
         kept = (
@@ -150,7 +151,7 @@ def _compare(
             for name, hidden in load_file(kept, device=device).items():
                 store.put(int(name), hidden)
         else:
-            run_blocks(source, batches, store, device=device, step=step)
+            run_blocks(source, batches, store, shelf, device=device, step=step)
             if kept is not None:
                 _keep({str(index): store.get(index).cpu() for index in range(len(batches))}, kept)
         finals.append(store)
@@ -170,7 +171,7 @@ def _compare(
                 divergence.add(*_logits(bypasses, hidden, tokens, positions), mask=real)
             divergence.end_window()
         step()
-    for store in finals:
+    for store in (*finals, shelf):
         store.close()
     return divergence
 
@@ -215,23 +216,27 @@ def _logits(
     return logits[0], tokens[0, kept + 1], logits[1] if len(logits) > 1 else None
 
 
-def run_blocks(source: Source, batches: list[Batch], store: Store, *, device: str, step: Callable[[], None]) -> Store:
-    """The last block's output for every batch."""
-    calls = []
+def run_blocks(
+    source: Source, batches: list[Batch], store: Store, shelf: Shelf, *, device: str, step: Callable[[], None]
+) -> Store:
+    """The last block's output for every batch; ``shelf`` takes what blocks hand on beside it meanwhile."""
+    passages: list[Passage] = []
     with surroundings(source, head=False, dtype=torch.float32, device=device) as bypass:
         for index, batch in enumerate(batches):
             mask = None if batch.mask is None else batch.mask.to(device)
-            hidden, recorded = bypass.record(batch.tokens.to(device), mask)
-            calls.append(recorded)
+            hidden, calls = bypass.record(batch.tokens.to(device), mask)
+            passages.append(Passage(calls, shelf))
             store.put(index, hidden)
     for block in source.map.blocks:
         module = source.skeleton.get_submodule(block.path)
         materialize(module, block.path, source.checkpoint, dtype=torch.float32, device=device)
         for index in range(len(batches)):
-            output = through(module, store.get(index), calls[index][block.index])
+            output = passages[index].through(module, block.index, store.get(index))
             if not torch.isfinite(output).all():
                 raise NonFiniteError(f"block {block.index} of {source.folder.name!r} gives NaN or infinity.")
             store.put(index, output)
         dematerialize(module)
         step()
+    for passage in passages:
+        passage.close()
     return store

@@ -238,7 +238,7 @@ def _sums(
 ) -> int:
     """Sums over the windows that are fitted on and over those that are held out."""
     members = [by_name[name] for name in group.matrices if name in by_name]
-    sizes = {"gram": square.kept, "drift": square.kept, "residual": residual if group.added_to_residual else 0}
+    sizes = {"gram": square.kept, "drift": square.kept, "residual": residual if group.sees_residual else 0}
     if drifts_by_output(members, matrices, filed=square.filed):
         # the sum, and the weights as its factor in half the bytes
         sizes["drift"] = 3 * max(math.prod(matrices[entry.matrix].shape) for entry in members) * _FLOAT // 2

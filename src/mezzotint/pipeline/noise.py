@@ -11,9 +11,8 @@ from mezzotint.errors import ConfigError
 from mezzotint.evaluation import Divergence
 from mezzotint.models import Source
 from mezzotint.pipeline.borders import Borders, counted
-from mezzotint.pipeline.capture import Bypass
+from mezzotint.pipeline.bypass import Bypass, surroundings
 from mezzotint.pipeline.residency import Store, temporary_stores
-from mezzotint.pipeline.streams import surroundings
 
 
 def noise_insertion(
@@ -52,8 +51,8 @@ def noise_insertion(
             raise ConfigError(f"{source.folder.name!r} has no matrix {name!r}. Give names that its plan shows.")
     step = counted(progress, len(source.map.blocks) + len(matrices))
     found: dict[str, float] = {}
-    with temporary_stores(2, memory) as (store, changed), torch.no_grad():
-        borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
+    with temporary_stores(2, memory) as (store, changed, shelf), torch.no_grad():
+        borders = Borders(source, windows, store=store, shelf=shelf, device=device, dtype=dtype, step=step)
         with surroundings(source, head=True, dtype=dtype, device=device) as bypass:
             for name in matrices:
                 found[name] = _divergence(_Noise(borders, name, energy, seed), bypass, changed) / energy
@@ -90,10 +89,13 @@ class _Noise:
         for window in range(len(borders)):
             store.put(window, self._first(bypass, window))
         first = borders.last if self.in_head and not self._in_embedding else self._block or 0
+        passages = [borders.passage(window, first) for window in range(len(borders))]
         for block in borders.source.map.blocks[first:]:
             with borders.filled(block) as module, self._inserted(block.index == self._block):
-                for window in range(len(borders)):
-                    store.put(window, borders.through(module, block, window, store.get(window)))
+                for window, passage in enumerate(passages):
+                    store.put(window, passage.through(module, block.index, store.get(window)))
+        for passage in passages:
+            passage.close()
 
     def _first(self, bypass: Bypass, window: int) -> Tensor:
         """States from which on they are not the original's."""

@@ -1,16 +1,16 @@
 """Which linears of a block make a submodule, and which blocks have none."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mezzotint.core.contracts import Block, Matrix, ModelMap
-from mezzotint.core.files import Entry
+from mezzotint.core.files import Entry, StepDown
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
-from mezzotint.models.inner import attention_observable
+from mezzotint.models.inner import attention_unseen, underivable
 from mezzotint.submodules.batches import Linear
 from mezzotint.submodules.lpcd import AROUND, MEMBERS, Lpcd, Part
 
@@ -72,9 +72,10 @@ def places(block: Block, model: ModelMap, device: torch.device | str = "cpu") ->
     return {kind: several[0] for kind, several in found.items() if len(several) == 1}
 
 
-def settings_of(entries: Iterable[Entry]) -> Lpcd | None:
-    """The settings that all matrices of blocks share."""
-    return next((entry.submodules for entry in entries if isinstance(entry.submodules, Lpcd)), None)
+def settings_of(block: Block, entries: Mapping[str, Entry]) -> Lpcd | None:
+    """The settings that the matrices of a block share."""
+    own = (entries[name] for group in block.groups for name in group.matrices if name in entries)
+    return next((entry.submodules for entry in own if isinstance(entry.submodules, Lpcd)), None)
 
 
 def active_parts(block: Block, settings: Lpcd, entries: Mapping[str, Entry], model: ModelMap) -> Iterator[Part]:
@@ -85,55 +86,62 @@ def active_parts(block: Block, settings: Lpcd, entries: Mapping[str, Entry], mod
             yield part
 
 
-def check_parts(source: Source, entries: Sequence[Entry]) -> None:
-    """Refuse submodules that a model does not have, before any work.
+def with_possible_parts(source: Source, entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, each block with the submodules that it has; what is left out is said.
 
     Raises:
-        ConfigError: the settings differ between matrices, or a block lacks what a part needs; says which and why.
+        ConfigError: the settings differ between matrices.
     """
-    settings = settings_of(entries)
-    if settings is None:
-        return
-    if any(entry.submodules != settings for entry in entries if entry.block is not None):
+    asked = next((entry.submodules for entry in entries if isinstance(entry.submodules, Lpcd)), None)
+    if asked is None:
+        return list(entries)
+    if any(entry.submodules != asked for entry in entries if entry.block is not None):
         raise ConfigError(
             "a rule changes 'submodules', which are settings of whole blocks. Set them for all matrices, and leave "
             "some out of a part with {match: ..., keep: true}."
         )
-    quantized = {entry.matrix for entry in entries}
-    attention: dict[str, str] = {}
-    for block in source.map.blocks:
-        found = places(block, source.map)
-        own = {role.matrix for role in block.roles if role.matrix in quantized}
-        for part in settings.parts:
-            if any(name in quantized for group in block.groups for name in group.matrices):
-                reason = _lacking(part, found, block, touched=bool(own))
-                if reason is not None:
-                    raise _refused(block, part, reason, settings)
-        if {"qk", "vo"} & set(settings.parts) and "q" in found:
-            attention[block.path] = found["q"].around
-    seen = attention_observable(source.skeleton, attention) if attention else set()
-    for block in source.map.blocks:
-        if block.path in attention and block.path not in seen:
-            part = next(part for part in settings.parts if part != "updown")
-            reason = "its attention is not called through transformers' interface, so its heads cannot be seen"
-            raise _refused(block, part, reason, settings)
+    lacking = _lacking_by_block(source, asked)
+    return [entry if entry.block is None else _with_parts(entry, asked, lacking[entry.block]) for entry in entries]
 
 
-def _lacking(part: Part, found: Mapping[str, Place], block: Block, *, touched: bool) -> str | None:
-    needed = (*MEMBERS[part], *AROUND[part])
-    missing = [kind for kind in needed if kind not in found]
-    experts = any(group.experts for group in block.groups)
+def _with_parts(entry: Entry, asked: Lpcd, lacking: Mapping[Part, str]) -> Entry:
+    parts = tuple(part for part in asked.parts if part not in lacking)
+    steps = tuple(StepDown(f"submodules without {part}", why) for part, why in lacking.items())
+    own = replace(asked, parts=parts) if parts else None
+    return replace(entry, submodules=own, steps_down=(*entry.steps_down, *steps))
+
+
+def _lacking_by_block(source: Source, asked: Lpcd) -> list[dict[Part, str]]:
+    """Parts that a block does not have, with why, for every block."""
+    found = [places(block, source.map) for block in source.map.blocks]
+    attention = {block.path: own["q"].around for block, own in zip(source.map.blocks, found, strict=True) if "q" in own}
+    hidden: Mapping[str, str] = {}
+    if {"qk", "vo"} & set(asked.parts) and attention:
+        hidden = attention_unseen(source.skeleton, attention)
+    result = []
+    for block, own in zip(source.map.blocks, found, strict=True):
+        lacking: dict[Part, str] = {}
+        for part in asked.parts:
+            why = _lacking(part, own, block)
+            if why is None and part != "updown":
+                why = hidden.get(block.path)
+            elif why is None and own["up"].around != block.path:
+                why = underivable(source.skeleton.get_submodule(own["up"].around))
+            if why is not None:
+                lacking[part] = why
+        result.append(lacking)
+    return result
+
+
+def _lacking(part: Part, found: Mapping[str, Place], block: Block) -> str | None:
+    missing = [kind for kind in (*MEMBERS[part], *AROUND[part]) if kind not in found]
     if missing:
-        several = [kind for kind in missing if any(role.kind == kind for role in block.roles)]
-        if several:
-            return f"{several[0]!r} is the role of several matrices" + (" (experts)" if experts else "")
-        return f"no matrix is known to have the role {missing[0]!r}" + ("" if touched else "; no role is known at all")
+        if any(role.kind == missing[0] for role in block.roles):
+            experts = " (experts)" if any(group.experts for group in block.groups) else ""
+            return f"several matrices have the role {missing[0]!r}{experts}"
+        return f"no matrix is known to have the role {missing[0]!r}"
+    if part == "qk" and not block.groups[found["q"].group].parameters[0].startswith(f"{found['q'].around}."):
+        return "another matrix reads the same inputs before attention does"
     if part == "updown" and found["up"].around != found["down"].around:
         return "up and down lie in different modules"
     return None
-
-
-def _refused(block: Block, part: str, reason: str, settings: Lpcd) -> ConfigError:
-    rest = [other for other in settings.parts if other != part]
-    remedy = f"--set submodules.parts=[{','.join(rest)}]" if rest else "--set submodules.kind=none"
-    return ConfigError(f"submodule {part!r} of {block.path} cannot be optimised: {reason}. Use {remedy}.")

@@ -5,29 +5,28 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from mezzotint.allocation.knapsack import ALLOCATED
 from mezzotint.calibration import TOKENS_PER_COLUMN, TOKENS_TO_REGRESS, auto_samples
-from mezzotint.core.contracts import Bits, Block, Grid, Matrix, Transform
-from mezzotint.core.files import Entry, Format, Plan
-from mezzotint.errors import ConfigError, FormatError
-from mezzotint.formats.dense import Dense
-from mezzotint.formats.gguf import Gguf
-from mezzotint.formats.native import Native
+from mezzotint.core.contracts import Block, Grid, Matrix
+from mezzotint.core.files import Entry, Format, Plan, StepDown
+from mezzotint.errors import ConfigError
+from mezzotint.formats.loading import MERGED, MIXED
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.models import Source
 from mezzotint.pipeline.adapter import check_compensation
 from mezzotint.pipeline.costs import START_SECONDS, CalibrationPlan, Costs, estimate, flops_per_second
+from mezzotint.pipeline.format import Unloadable, chosen_format, stored_bits
 from mezzotint.pipeline.importance import Importance, open_importance
-from mezzotint.pipeline.layout import Layout, make_layout, users_of_sources, written_alone
-from mezzotint.pipeline.parts import check_parts
+from mezzotint.pipeline.layout import Layout, make_layout
+from mezzotint.pipeline.parts import with_possible_parts
 from mezzotint.pipeline.recipe import Recipe, Stages
 from mezzotint.pipeline.refusals import check_stages
 from mezzotint.pipeline.request import Request
-from mezzotint.registry import FORMATS, ROUNDINGS, TARGETS, TRANSFORMS
+from mezzotint.registry import ROUNDINGS, TARGETS, TRANSFORMS
 
 SELF_SEQLEN = 256
 TEXT_SEQLEN = 512
@@ -78,6 +77,15 @@ class Planned:
         return START_SECONDS + self.costs.flops / flops_per_second(self.request.device, self.precision)
 
     @property
+    def steps_down(self) -> Mapping[StepDown, tuple[str, ...]]:
+        """What the recipe says and some matrices cannot have, with these matrices."""
+        found: dict[StepDown, list[str]] = {}
+        for entry in self.plan.entries:
+            for step in entry.steps_down:
+                found.setdefault(step, []).append(entry.matrix)
+        return {step: tuple(names) for step, names in found.items()}
+
+    @property
     def _sizes(self) -> list[tuple[str, int]]:
         return [(e.matrix, self.shapes[e.matrix][0] * self.shapes[e.matrix][1]) for e in self.plan.entries]
 
@@ -96,10 +104,7 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
     """
     recipe = request.recipe
     recipe.check_patterns(list(source.map.matrices))
-    entries, kept = _entries(source, recipe)
-    if not entries:
-        raise ConfigError(f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule.")
-    form, because = _format(source, entries, request)
+    entries, kept, form, because = _decided(source, request)
     matrices = source.map.matrices
     entries = [
         replace(entry, bits=stored_bits(form, matrices[entry.matrix], entry.grid, entry.basis)) for entry in entries
@@ -125,9 +130,6 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         peak_memory_bytes=costs.peak_memory_bytes,
         fingerprint=_fingerprint(source, request, entries, calibration, importance, precision=precision),
     )
-    refusals = (*form.refuses_plan(plan, source.map), *request.loading.refuses_plan(plan, source.map))
-    if refusals:
-        raise FormatError(f"format {form.name!r} ({because}) cannot hold this plan: {refusals[0]}")
     shapes = {entry.matrix: source.map.matrices[entry.matrix].shape for entry in entries}
     return Planned(
         plan=plan,
@@ -141,6 +143,56 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
         because=because,
         precision=precision,
     )
+
+
+class _Decision(NamedTuple):
+    """What is done to each matrix, and the format that holds it."""
+
+    entries: list[Entry]
+    kept: Mapping[str, str]
+    form: Format
+    because: str
+
+
+def _decided(source: Source, request: Request) -> _Decision:
+    """Entries that a format holds, with as little changed of what the recipe says as it takes.
+
+    Where engines do not load what its defaults give, the grids become symmetric; where that does not help either and no
+    format was asked for, the result is written dense.
+    """
+    try:
+        return _held(source, request, request.recipe)
+    except Unloadable as error:
+        refused = error
+    if refused.refusal.rule == MIXED and _symmetry_is_free(request.recipe):
+        step = StepDown("grid.symmetric=true", f"{refused.refusal.limit}, and {refused.refusal.what} are needed")
+        return _held(source, request, request.recipe.with_settings({"grid.symmetric": True}), step=step)
+    if refused.refusal.rule == MERGED and request.wanted_format is None:
+        why = f"{refused.refusal.limit} ({refused.refusal.what}); --for vllm packs"
+        return _held(source, request, request.recipe, instead=("dense", why))
+    raise refused
+
+
+def _held(
+    source: Source,
+    request: Request,
+    recipe: Recipe,
+    *,
+    step: StepDown | None = None,
+    instead: tuple[str, str] | None = None,
+) -> _Decision:
+    entries, kept = _entries(source, recipe)
+    if not entries:
+        raise ConfigError(f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule.")
+    if step is not None:
+        entries = [replace(entry, steps_down=(*entry.steps_down, step)) for entry in entries]
+    return _Decision(entries, kept, *chosen_format(source, entries, request, instead))
+
+
+def _symmetry_is_free(recipe: Recipe) -> bool:
+    """Whether nobody said if grids have zero points."""
+    said = [*recipe.grid, *(name.removeprefix("grid.") for rule in recipe.rules for name in rule.set)]
+    return recipe.grid.get("kind") == UniformGrid.kind and "symmetric" not in said
 
 
 def matrices_in_order(source: Source) -> Iterator[tuple[Block | None, Matrix]]:
@@ -189,6 +241,7 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
                 grid=grid,
                 rounding=stages.rounding,
                 curvature=None if block is None or matrix.expert is not None else stages.curvature,
+                steps_down=tuple(_steps_down(block, matrix, stages)),
                 refinement=stages.refinement,
                 bits=grid.stored_bits(matrix.shape),  # the rest depends on the format
                 because=because,
@@ -197,8 +250,24 @@ def _entries(source: Source, recipe: Recipe) -> tuple[list[Entry], dict[str, str
             )
         )
         check_compensation(entries[-1], matrix)
-    check_parts(source, entries)
-    return entries, kept
+    return with_possible_parts(source, entries), kept
+
+
+def _steps_down(block: Block | None, matrix: Matrix, stages: Stages) -> Iterator[StepDown]:
+    """Stages of the recipe that cannot serve a matrix of a block, which gets less."""
+    if block is None:
+        return
+    if stages.curvature is not None and matrix.expert is not None:
+        yield StepDown("curvature.kind=none", "which tokens an expert gets is not differentiable, and they are few")
+    ends = {role.matrix for role in block.roles if role.kind in ("o", "down")}
+    group = next(group for group in block.groups if matrix.name in group.matrices)
+    if "residual" in stages.target.needs and matrix.name in ends and not group.sees_residual:
+        why = (
+            "experts see other tokens in each stream"
+            if group.experts
+            else "its output is not added to the stream as it is"
+        )
+        yield StepDown(f"target {stages.target.kind!r} without the residual stream, as 'qep'", why)
 
 
 def _of_matrix(source: Source, recipe: Recipe, matrix: Matrix) -> Mapping[str, Any]:
@@ -231,23 +300,6 @@ def lookup_stages(grid: Grid) -> Stages:
     )
 
 
-def stored_bits(form: Format, matrix: Matrix, grid: Grid, transform: Transform | None) -> Bits:
-    """Exact bits of a matrix in a file of that format; what is written dense counts as in our own.
-
-    Args:
-        form: of the output.
-        matrix: whose shape and name count.
-        grid: without any ``auto``.
-        transform: whose basis is stored beside, or None.
-    """
-    if isinstance(form, Gguf):  # nothing beside the blocks comes into the file
-        return grid.stored_bits(matrix.shape)
-    packed = Native() if isinstance(form, Dense) else form
-    total = 8 * sum(spec.nbytes for spec in packed.specs(matrix, grid, torch.float32, transform))
-    code = grid.stored_bits(matrix.shape).code
-    return Bits(code=code, side=total - code)
-
-
 def _kept(source: Source, block: Block | None, matrix: Matrix, keep: bool | None, stages: Stages) -> str | None:
     if keep:
         return "kept by a rule"
@@ -258,51 +310,6 @@ def _kept(source: Source, block: Block | None, matrix: Matrix, keep: bool | None
     if block is None and keep is None:
         return "output head: kept unless a rule {match: ..., keep: false} asks for it"
     return None
-
-
-def _format(source: Source, entries: list[Entry], request: Request) -> tuple[Format, str]:
-    """The format, and why; refuses what it cannot hold."""
-    users = users_of_sources(source)
-    name, because = _wanted_format(entries, request)
-    matrices = [source.map.matrices[entry.matrix] for entry in entries]
-    holds = "nn.Linear and nn.Embedding" if name == Native.name else "nn.Linear"
-    kinds = [m.linear or (m.lookup and name == Native.name) for m in matrices]
-    odd = next((m for m, held in zip(matrices, kinds, strict=True) if not (held and written_alone(m, users))), None)
-    if odd is not None and name != "dense":
-        if request.wanted_format is not None:
-            raise FormatError(
-                f"{because} writes {name}, which holds weights of {holds} only, and {odd.name} is another kind of "
-                "module. Use --for dense, keep it, or leave --for out."
-            )
-        name, because = "dense", f"{odd.name} is not the weight of {holds} alone, and packed formats hold nothing else"
-    form: Format = FORMATS[name]()
-    form.check_source(source.folder, source.config.to_dict(), list(source.checkpoint.tensors))
-    for entry, matrix in zip(entries, matrices, strict=True):
-        refusal = form.refuses(entry, matrix) or request.loading.refuses(
-            name, entry, matrix, head=matrix.name == source.map.head
-        )
-        if refusal is not None:
-            raise FormatError(f"format {name!r} ({because}) cannot hold {matrix.name}: {refusal}")
-    return form, because
-
-
-def _wanted_format(entries: list[Entry], request: Request) -> tuple[str, str]:
-    wanted = request.wanted_format
-    if wanted is not None:
-        return wanted, f"--format {wanted}" if request.engine is None else f"--for {request.engine}"
-    own = next((e for e in entries if not _usual(e.grid) or e.basis is not None), None)
-    if own is None:
-        return "compressed-tensors", "what most engines load"
-    if own.basis is None and all(e.grid.kind == "gguf" for e in entries):
-        return "gguf", "all grids are GGUF block types"
-    kind = f"{own.grid.kind!r}" if own.basis is not None or own.grid.kind != "uniform" else "'uniform' of one scale"
-    basis = "" if own.basis is None else f" in the basis {own.basis.kind!r}"
-    return "mezzotint", f"{own.matrix} has the grid {kind}{basis}, which only mezzotint's own format holds"
-
-
-def _usual(grid: Grid) -> bool:
-    """Whether most engines have kernels for it."""
-    return isinstance(grid, UniformGrid) and grid.scale_per != "matrix"
 
 
 def _calibration(source: Source, entries: list[Entry], request: Request) -> CalibrationPlan:

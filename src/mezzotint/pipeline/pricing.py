@@ -16,8 +16,9 @@ from mezzotint.errors import ConfigError
 from mezzotint.grids.gguf import GgufGrid
 from mezzotint.grids.trellis import TrellisGrid, measured
 from mezzotint.models import Source
+from mezzotint.pipeline.format import stored_bits
 from mezzotint.pipeline.latency import Latency
-from mezzotint.pipeline.plan import Planned, stored_bits
+from mezzotint.pipeline.plan import Planned
 from mezzotint.pipeline.request import WHOLE_BITS
 from mezzotint.pipeline.settings import build
 from mezzotint.pipeline.solve import Solved, Solver, trusted

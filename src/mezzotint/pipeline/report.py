@@ -45,6 +45,9 @@ def plan_json(planned: Planned) -> dict[str, Any]:
             for e in plan.entries
         ],
         "kept": dict(plan.kept),
+        "stepped_down": [
+            {"what": step.what, "why": step.why, "matrices": list(names)} for step, names in planned.steps_down.items()
+        ],
         "format": plan.format,
         "engine": plan.engine,
         "bytes": plan.bytes,

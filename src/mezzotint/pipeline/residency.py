@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class _Place(NamedTuple):
 
 
 @contextmanager
-def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list["Store"]]:
-    """Stores with a budget together, and a folder of their own for what does not fit.
+def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list[Any]]:
+    """Stores and, last, a shelf with a budget together, and a folder of their own for what does not fit.
 
     Args:
         count: of stores.
@@ -55,7 +55,7 @@ def temporary_stores(count: int, memory: int | None, folder: Path | None = None)
     """
     budget = Budget(memory)
     with TemporaryDirectory(prefix="mezzotint-", dir=folder) as own:
-        stores = [Store(budget, Path(own)) for _ in range(count)]
+        stores = [*(Store(budget, Path(own)) for _ in range(count)), Shelf(budget, Path(own))]
         try:
             yield stores
         finally:
@@ -148,6 +148,37 @@ class Store:
         known = self._spilled.pop(index, None)
         if known is not None:
             self._free.append(known[0])
+
+
+class Shelf:
+    """Tensors that get a key when they are kept.
+
+    Args:
+        budget: shared with stores.
+        folder: where what does not fit the budget is spilled.
+    """
+
+    def __init__(self, budget: Budget, folder: Path) -> None:
+        self._store = Store(budget, folder)
+        self._next_key = 0
+
+    def hold(self, value: Tensor) -> int:
+        """Keep a tensor; gives its key."""
+        self._next_key += 1
+        self._store.put(self._next_key, value)
+        return self._next_key
+
+    def held(self, key: int) -> Tensor:
+        """A tensor that is kept."""
+        return self._store.get(key)
+
+    def release(self, key: int) -> Tensor:
+        """Forget a tensor that is kept; gives it."""
+        return self._store.pop(key)
+
+    def close(self) -> None:
+        """Forget everything and remove the file."""
+        self._store.close()
 
 
 def check_finite(name: str, value: Tensor) -> None:

@@ -76,8 +76,8 @@ def measure_sensitivity(
         NonFiniteError: the model gives NaN or infinity.
     """
     step = counted(progress, 2 * len(source.map.blocks) + 2)
-    with temporary_stores(1, memory) as (store,):
-        borders = Borders(source, windows, store=store, device=device, dtype=dtype, step=step)
+    with temporary_stores(1, memory) as (store, shelf):
+        borders = Borders(source, windows, store=store, shelf=shelf, device=device, dtype=dtype, step=step)
         return _Backward(borders, seed, diagonal).run(step)
 
 

@@ -14,13 +14,14 @@ from mezzotint.calibration import Windows
 from mezzotint.core.precision import RoundedLinears, products_in
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.core.structure import Matrix
-from mezzotint.errors import ModelError, NonFiniteError
+from mezzotint.errors import NonFiniteError
 from mezzotint.kernels import multiplies_bfloat16
 from mezzotint.models import Source, dematerialize, materialize
-from mezzotint.pipeline.capture import BlockRun, Bypass, Call, GroupInputs, Inputs
+from mezzotint.pipeline.bypass import Passage, surroundings
+from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs
 from mezzotint.pipeline.memory import windows_of_batches
 from mezzotint.pipeline.ranks import ALONE, Ranks, dealt
-from mezzotint.pipeline.residency import Budget, Store
+from mezzotint.pipeline.residency import Budget, Shelf, Store
 from mezzotint.pipeline.saved import Index, Saved, save
 from mezzotint.pipeline.scratch import Scratch
 
@@ -48,38 +49,6 @@ def batches_of(windows: Windows, held_out: bool, first: int = 0) -> Iterator[Bat
         start += size
 
 
-@contextmanager
-def surroundings(source: Source, *, head: bool, dtype: torch.dtype, device: str) -> Iterator[Bypass]:
-    """What lies around the blocks, in memory: embedding, positions, final norm and, if asked for, the head."""
-    skeleton = source.skeleton
-    paths = [block.path for block in source.map.blocks]
-    output = None if head else skeleton.get_output_embeddings()
-    parts = [(name, part) for name, part in _outside(skeleton, "", paths) if part is not output]
-    for name, part in parts:
-        materialize(part, name, source.checkpoint, dtype=dtype, device=device)
-    try:
-        yield Bypass(skeleton, paths)
-    finally:
-        for _, part in parts:
-            dematerialize(part)
-
-
-def _outside(module: nn.Module, name: str, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts of a module that hold no block."""
-    if name in paths:
-        return
-    if name and not any(path.startswith(f"{name}.") for path in paths):
-        yield name, module
-        return
-    own = next((own for own, _ in module.named_parameters(recurse=False)), None)
-    if own is not None:
-        raise ModelError(
-            f"parameter {own!r} of {name or 'the model'} lies beside the blocks; it cannot be run by blocks."
-        )
-    for child_name, child in module.named_children():
-        yield from _outside(child, f"{name}.{child_name}".lstrip("."), paths)
-
-
 def summed(ranks: Ranks, sums: Accumulator) -> Statistics:
     """What all ranks have summed, each over its own batches."""
     (sums.tokens,) = ranks.total(sums.tokens)
@@ -90,6 +59,14 @@ def summed(ranks: Ranks, sums: Accumulator) -> Statistics:
 def _rows(saved: Saved, name: str, batch: Batch) -> Tensor:
     """Saved hidden states of a batch."""
     return torch.stack([saved.read(f"{name}.{batch.first + row}") for row in range(len(batch.tokens))])
+
+
+def _state(saved: Saved, name: str, batch: Batch) -> dict[str, Tensor]:
+    """Saved values of a batch that blocks hand on beside the hidden states."""
+    first = f"{name}.{batch.first}/"
+    kept = [key.removeprefix(first) for key in saved.names if key.startswith(first)]
+    rows = [f"{name}.{batch.first + row}/" for row in range(len(batch.tokens))]
+    return {key: torch.cat([saved.read(row + key) for row in rows]) for key in kept}
 
 
 class Streams:
@@ -155,10 +132,9 @@ class Streams:
         self._quantized = Store(budget, folder)
         self._original = Store(budget, folder)
         self._carried = [i for i, batch in enumerate(self.batches) if batch.held_out or original_fit]
-        self._calls: list[list[Call]] = []
-        self._inputs = Store(budget, folder)
+        self._passages: list[dict[str, Passage]] = []
+        self._shelf = Shelf(budget, folder)
         self._seen: dict[tuple[int, int], dict[int | None, dict[str, int]]] = {}
-        self._next_key = 0
         try:
             self._start(dtype, saved)
         except BaseException:
@@ -177,9 +153,12 @@ class Streams:
             for index, batch in enumerate(self.batches):
                 mask = None if batch.mask is None else batch.mask.to(self._device)
                 hidden, calls = bypass.record(batch.tokens.to(self._device), mask)
-                self._calls.append(calls)
+                self._passages.append({})
                 for name, store in self._stores(index):
+                    passage = self._passages[index][name] = Passage(calls, self._shelf)
                     store.put(index, hidden if saved is None else _rows(saved, name, batch).to(hidden))
+                    if saved is not None:
+                        passage.begin({key: v.to(hidden.device) for key, v in _state(saved, name, batch).items()})
 
     def save(self, path: Path) -> Index:
         """Write the hidden states of every window to a file, for ``saved``.
@@ -194,6 +173,9 @@ class Streams:
             for name, store in self._stores(index):
                 for row, hidden in enumerate(store.get(index)):
                     yield f"{name}.{batch.first + row}", hidden
+                for key, value in self._passages[index][name].state().items():
+                    for row, piece in enumerate(value.chunk(len(batch.tokens))):
+                        yield f"{name}.{batch.first + row}/{key}", piece.contiguous()
 
     def _stores(self, index: int) -> list[tuple[str, Store]]:
         """The streams of a batch."""
@@ -218,7 +200,7 @@ class Streams:
         """
         for index in self._carried:
             hidden = self._original.get(index)
-            run = BlockRun(module, lambda hidden=hidden: hidden, self._calls[index][block])
+            run = BlockRun(module, block, lambda hidden=hidden: hidden, self._passages[index]["original"])
             for group, needs in wanted.items():
                 self._keep_inputs(index, group, run.reach(group), stream="residual" in needs)
             output = run.finish()
@@ -232,14 +214,14 @@ class Streams:
     def original_inputs(self, batch: int, group: int, *, last: bool) -> dict[int | None, Inputs]:
         """What the full-precision stream put into a group; forgotten when it is given for the last time."""
         kept = self._seen.pop((batch, group)) if last else self._seen[batch, group]
-        give = self._inputs.pop if last else self._inputs.get
+        give = self._shelf.release if last else self._shelf.held
         return {expert: Inputs(**{name: give(key) for name, key in keys.items()}) for expert, keys in kept.items()}
 
     def forget_inputs(self) -> None:
         """Forget what `original_inputs` has not given for the last time."""
         for kept in self._seen.values():
             for key in (key for keys in kept.values() for key in keys.values()):
-                self._inputs.pop(key)
+                self._shelf.release(key)
         self._seen.clear()
 
     def _keep_inputs(self, batch: int, group: int, inputs: GroupInputs, *, stream: bool) -> None:
@@ -250,22 +232,26 @@ class Streams:
 
     def hold(self, value: Tensor) -> int:
         """Keep a tensor, in memory or spilled like the streams; gives its key."""
-        self._next_key += 1
-        self._inputs.put(self._next_key, value)
-        return self._next_key
+        return self._shelf.hold(value)
 
     def held(self, key: int) -> Tensor:
         """A tensor that is kept."""
-        return self._inputs.get(key)
+        return self._shelf.held(key)
 
     def release(self, key: int) -> None:
         """Forget a tensor that is kept."""
-        self._inputs.pop(key)
+        self._shelf.release(key)
 
     def quantized_runs(self, block: int, module: nn.Module) -> list[BlockRun]:
         """One run for each batch on the quantized stream, not yet started."""
         return [
-            BlockRun(module, lambda i=i: self._quantized.get(i), self._calls[i][block], keep=self._keep_runs)
+            BlockRun(
+                module,
+                block,
+                lambda i=i: self._quantized.get(i),
+                self._passages[i]["quantized"],
+                keep=self._keep_runs,
+            )
             for i in range(len(self.batches))
         ]
 
@@ -311,5 +297,5 @@ class Streams:
 
     def close(self) -> None:
         """Free memory and files."""
-        for store in (self._quantized, self._original, self._inputs):
+        for store in (self._quantized, self._original, self._shelf):
             store.close()

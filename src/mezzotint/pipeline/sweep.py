@@ -202,7 +202,7 @@ class Sweep:
 
     def _descent(self, block: Block, runs: Sequence[BlockRun], streams: Streams) -> Descent | None:
         """What optimises the submodules of a block, if it has any to optimise."""
-        settings = settings_of(self._entries.values())
+        settings = settings_of(block, self._entries)
         parts = () if settings is None else tuple(active_parts(block, settings, self._entries, self._source.map))
         if settings is None or not parts:
             return None
@@ -276,7 +276,7 @@ class Sweep:
         matrices = [self._source.map.matrices[name] for name in group.matrices]
         widths = {matrix.expert: matrix.shape[1] for matrix in matrices}
         needs = self._group_needs(group.matrices)
-        if not group.added_to_residual or group.experts:
+        if not group.sees_residual:
             needs -= {"residual"}
         scaling = self._scaling(group) if "residual" in needs else None
         members = [self._entries[name] for name in group.matrices if name in self._entries]
