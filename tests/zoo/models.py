@@ -1,19 +1,21 @@
 """Tiny random models of every causal model type that the installed transformers has."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mezzotint.models.skeleton import quiet
-from zoo.tables import EXCLUDED, POSITIONS, SETTINGS, SIZES, VARIANTS
+from zoo.tables import BESIDE, EXCLUDED, NESTED, POSITIONS, SETTINGS, SIZES, VARIANTS
 
 KINDS_OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
@@ -46,6 +48,8 @@ def make(name: str, folder: Path) -> Path:
         if type(model.config) is not type(config):  # the text model of a multimodal one, which is named in config.json
             config.dtype = config.get_text_config().dtype = torch.bfloat16
             config.save_pretrained(folder)
+        if name in NESTED:
+            _nest(folder / "model.safetensors", NESTED[name])
         tokenizer().save_pretrained(folder)
     return folder
 
@@ -102,6 +106,13 @@ def _tiny(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> Pre
     for name, kinds in mixed.items():
         values[name] = [kinds[layer % len(kinds)] for layer in range(values["num_hidden_layers"])]
     return config_class(**values)
+
+
+def _nest(path: Path, prefix: str) -> None:
+    """Rename the tensors of a text model to those of the multimodal one, and add some of its others."""
+    tensors = {re.sub(r"^model\.", prefix, name): tensor for name, tensor in load_file(path).items()}
+    others = {name: torch.ones(64, 64, dtype=torch.bfloat16) for name in BESIDE}
+    save_file({**tensors, **others}, path, metadata={"format": "pt"})
 
 
 def _distinct(kinds: Sequence[str] | None) -> list[str]:

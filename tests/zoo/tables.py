@@ -256,6 +256,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
 }
 
+# Published files of these types hold the text model under this name, beside what the text model has no place for.
+NESTED = {
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp"), "model.language_model."),
+}
+BESIDE = ("model.visual.patch_embed.proj.weight", "mtp.fc.weight")
+
 _SPEECH = "decoder of a speech recognizer, attends to an audio encoder"
 _SEQUENCES = "decoder of an encoder-decoder model, attends to its encoder"
 _MASKED = "encoder, trained on masked tokens in both directions"
