@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -71,6 +72,9 @@ def randomize_(model: PreTrainedModel) -> None:
             value.copy_(noise * value.shape[-1] ** -0.5)
         else:
             value.add_(noise, alpha=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0  # as it is in trained models; some types are loaded so in any case
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -16,6 +16,7 @@ COLUMNS = {
     "own": "own format",
 }
 LONGEST = 160
+ADDRESS = re.compile(r"\d{9,}")
 PATH = re.compile(r"\w+(?:\.[\w\[\]]+){2,}")  # of a module or matrix
 SENTENCE = re.compile(r"(?<=[\w)'])\.\s+(?=[A-Z])")
 
@@ -28,7 +29,7 @@ class _Notes:
 
     def number(self, text: str) -> int:
         """Of the first sentence of a message, without names of layers."""
-        general = PATH.sub("…", SENTENCE.split(text)[0]).rstrip(".")
+        general = ADDRESS.sub("…", PATH.sub("…", SENTENCE.split(text)[0])).rstrip(".")
         short = general if len(general) <= LONGEST else general[:LONGEST].rsplit(" ", 1)[0] + " …"
         return self._numbers.setdefault(short, len(self._numbers) + 1)
 
@@ -52,7 +53,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         by_name.setdefault(outcome.name, {})[outcome.step] = outcome
     notes = _Notes()
     rows = [_row(name, steps, notes) for name, steps in sorted(by_name.items())]
-    titles = ["model type", *(COLUMNS[step] for step in QUANTIZING)]
+    titles = ["model type", "quantized", *(COLUMNS[step] for step in QUANTIZING)]
     parts = [_counts(by_name), "\n".join([_joined(titles), _joined(["---"] * len(titles)), *rows])]
     if notes.lines():
         parts.append("Reasons, with … for the name of a layer:\n\n" + "\n".join(notes.lines()))
@@ -66,7 +67,9 @@ def _counts(by_name: Mapping[str, Mapping[str, Outcome]]) -> str:
 
 def _row(name: str, steps: Mapping[str, Outcome], notes: _Notes) -> str:
     title = f"`{name}`" if type_of(name) == name else f"`{name}` (a `{type_of(name)}`)"
-    return _joined([title, *(_cell(steps.get(step), notes) for step in QUANTIZING)])
+    shares = [one.share for one in steps.values() if one.share is not None]
+    share = f"{100 * min(shares):.0f} %" if shares else "–"
+    return _joined([title, share, *(_cell(steps.get(step), notes) for step in QUANTIZING)])
 
 
 def _cell(outcome: Outcome | None, notes: _Notes) -> str:

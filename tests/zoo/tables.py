@@ -167,6 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": WINDOWS, "mlp_layer_types": EXPERTS},
     "mimo_v2_flash": {"head_dim": 24, "sliding_window": 9},
     "minicpm3": {"dim_model_base": 32},
+    "minimax": {"layer_types": LINEAR},
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "mlp_layer_types": EXPERTS,

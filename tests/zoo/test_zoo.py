@@ -128,7 +128,7 @@ def test_what_a_step_raises_is_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_table_is_written_between_its_marks() -> None:
     outcomes = [
-        walk.Outcome(name="llama", step="rtn"),
+        walk.Outcome(name="llama", step="rtn", share=0.946),
         walk.Outcome(name="llama", step="default", stepped_down=["curvature none: no gradient"]),
         walk.Outcome(
             name="opt_proj", step="best", status=walk.REFUSED, what="matrix model.layers.0.q has no role. Use --keep."
@@ -139,8 +139,8 @@ def test_the_table_is_written_between_its_marks() -> None:
     assert "old" not in text
     assert text.startswith("a\n")
     assert text.endswith("b")
-    assert "| `llama` | yes | simpler (1) | not run | not run | not run |" in text
-    assert "| `opt_proj` (a `opt`) | not run | not run | no (2) | not run | fails (3) |" in text
+    assert "| `llama` | 95 % | yes | simpler (1) | not run | not run | not run |" in text
+    assert "| `opt_proj` (a `opt`) | – | not run | not run | no (2) | not run | fails (3) |" in text
     assert "2. matrix … has no role\n3. ValueError: 3 of \\[2\\]\n" in text
     assert page.filled(text, outcomes) == text
     with pytest.raises(SystemExit, match="no <!-- zoo -->"):

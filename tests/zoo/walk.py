@@ -27,6 +27,7 @@ HELD_OUT = DATA / "tiny_text_heldout.txt"
 SAMPLES, SEQLEN, WINDOWS = 8, 32, 8
 LIMIT_SECONDS = 120
 FRAMES = 12  # of a traceback, that are kept
+PLUMBING = ("/jaxtyping/", "/torch/", "/contextlib.py")  # frames that tell nothing, but where they raise
 
 OK, REFUSED, CRASH, WRONG, SLOW = "ok", "REFUSED", "CRASH", "WRONG", "SLOW"
 REFUSING = ("map", "plan")  # stages in which a message of ours is a refusal; later it comes too late
@@ -63,6 +64,7 @@ class Outcome:
         frames: the innermost ones of the traceback.
         stepped_down: what the recipe could not do for this model and did more simply, as the report tells.
         format: of the result.
+        share: of the weights of all matrices but the embedding and the head, that are quantized.
         kl_nats: divergence from the original on text that was not calibrated on.
     """
 
@@ -75,6 +77,7 @@ class Outcome:
     frames: str = ""
     stepped_down: list[str] = dataclasses.field(default_factory=list)
     format: str = ""
+    share: float | None = None
     kl_nats: float | None = None
     seconds: float = 0.0
 
@@ -136,9 +139,11 @@ def _attempt(outcome: Outcome, work: Callable[[Outcome], None]) -> Outcome:
 
 
 def _describe(outcome: Outcome, error: BaseException, what: str) -> None:
-    frames = traceback.extract_tb(error.__traceback__)
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every[:-1] if not any(part in frame.filename for part in PLUMBING)] + every[-1:]
     ours = [frame for frame in frames if "/mezzotint/" in frame.filename]
-    ends = [f"{_short(frame.filename)}:{frame.lineno}" for frame in (*ours[-1:], frames[-1])]
+    model = [frame for frame in frames if "/transformers/models/" in frame.filename]
+    ends = [f"{_short(frame.filename)}:{frame.lineno}" for frame in (*ours[-1:], *model[-1:], frames[-1])]
     outcome.what = " ".join(what.split())
     outcome.where = " < ".join(dict.fromkeys(ends))
     outcome.frames = "".join(
@@ -148,7 +153,7 @@ def _describe(outcome: Outcome, error: BaseException, what: str) -> None:
 
 def _short(path: str) -> str:
     """From the package on."""
-    for package in ("/mezzotint/", "/site-packages/", "/tests/"):
+    for package in ("/mezzotint/", "/site-packages/", "/tests/", "/lib/"):
         if package in path:
             return path.rpartition(package)[2]
     return path
@@ -204,6 +209,9 @@ class _Walker:
             report = mezzotint.quantize(self._model, step.recipe, out=out, **_arguments(step))
             outcome.stepped_down = steps_down(report)
             outcome.format = report["plan"]["format"]
+            source = report["plan"]["calibration"]
+            if step.options.get("calibration") == "self" and (source is None or source["source"] != "self"):
+                raise MismatchError(f"calibrated on {source}, not on text of its own")
             self._check(outcome, out, report)
             outcome.stage = "evaluate"
             found = mezzotint.evaluate(
@@ -222,6 +230,7 @@ class _Walker:
         source = open_source(out)
         dense = dense_model(source, device="cpu")
         matrices = {linear["name"]: source.map.matrices[linear["name"]] for linear in report["linears"]}
+        outcome.share = share_of(dense, [matrix.shape for matrix in matrices.values()])
         original = self._weights()
         check_copied(dense, original, {matrix.parameter for matrix in matrices.values()})
         for linear in report["linears"]:
@@ -252,6 +261,15 @@ def _arguments(step: Step) -> dict[str, Any]:
 def steps_down(report: dict[str, Any]) -> list[str]:
     """What was done more simply than the recipe says; nothing where the report does not tell."""
     return [str(what) for what in report.get("stepped_down") or report["plan"].get("stepped_down") or ()]
+
+
+def share_of(model: PreTrainedModel, shapes: Sequence[tuple[int, int]]) -> float:
+    """Weights in matrices of these shapes, over those in all but the embedding and the head."""
+    apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    apart |= set() if head is None else {id(head.weight)}
+    sizes = [value.numel() for value in model.parameters() if value.dim() > 1 and id(value) not in apart]
+    return sum(rows * columns for rows, columns in shapes) / sum(sizes)
 
 
 def reloaded(folder: Path) -> PreTrainedModel:
