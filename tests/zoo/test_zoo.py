@@ -101,7 +101,6 @@ def test_an_error_that_the_report_does_not_tell_is_noticed() -> None:
 
 def test_what_a_step_raises_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", tmp_path / "llama")
-    monkeypatch.setattr(walk, "LIMIT_SECONDS", 1)
     steps = {
         "refused": lambda: walk.mezzotint.plan(model, "default", bits=4.5),
         "crashed": lambda: torch.zeros(2) @ torch.zeros(3),
@@ -123,6 +122,7 @@ def test_what_a_step_raises_is_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     crashed = outcome_of("crashed", "quantize")
     assert crashed.status == walk.CRASH
     assert crashed.what.startswith("RuntimeError: ")
+    monkeypatch.setattr(walk, "LIMIT_SECONDS", 1)
     assert outcome_of("slow", "quantize").status == walk.SLOW
 
 
