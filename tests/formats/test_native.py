@@ -226,7 +226,6 @@ def test_a_config_of_another_version_is_refused(where: tuple[Any, ...], value: A
         ({"sources": (f"{NAME}.weight", "b.weight")}, "linear-only"),
         ({"sources": (f"{NAME}.packed",)}, "linear-only"),
         ({"tied_to": "model.embed_tokens.weight"}, "tied"),
-        ({"sources": ("language_model.up.weight",)}, "renamed"),
         ({"linear": False, "lookup": True}, None),
         ({}, None),
     ],
@@ -235,7 +234,7 @@ def test_refusals(changes: dict[str, Any], rule: str | None):
     matrix = matrix_of((40, 50), **changes)
     refusal = FORM.refuses(entry_of(TrellisGrid(), matrix), matrix)
     assert (refusal and refusal.rule) == rule
-    if rule in ("linear-only", "renamed"):
+    if rule == "linear-only":
         assert "--for dense" in str(refusal)
 
 

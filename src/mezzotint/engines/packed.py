@@ -91,10 +91,12 @@ class Packed(nn.Module):
 class QuantizedLinear(Packed):
     """``nn.Linear`` on a packed weight.
 
+    ``weight`` is decoded whenever model code reads it instead of calling the module (Mamba does, and GPT-BigCode).
+
     Args:
         scheme: how the weight is stored.
         bias: whether there is one.
-        dtype: of the bias.
+        dtype: of the bias and of the decoded weight: that in which the model runs.
         device: of everything.
     """
 
@@ -113,6 +115,12 @@ class QuantizedLinear(Packed):
         self.out_features, self.in_features = scheme.shape
         made = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", made)
+        self.register_buffer("like_weight", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
+        """The dense weight, in the dtype in which the model runs."""
+        return self.dense(self.get_buffer("like_weight").dtype)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         """``x W^T + bias``, in the dtype of ``x``."""

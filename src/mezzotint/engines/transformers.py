@@ -3,7 +3,7 @@
 The hook imports this while ``transformers`` itself is being imported: only what its quantizers need can be had here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -54,9 +54,9 @@ class MezzotintQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._packed: dict[str, Packed] = {}
-        modules = dict(model.named_modules())
+        modules, renamed = dict(model.named_modules()), _renaming(model)
         for name, scheme in read_schemes(self.quantization_config.to_dict()).items():
-            found = _find(model, modules, name)
+            found = _find(model, modules, name, renamed(name))
             if found is None:
                 continue
             place, module = found
@@ -70,7 +70,7 @@ class MezzotintQuantizer(HfQuantizer):
             packed = QuantizedLinear(
                 scheme,
                 bias=bias is not None,
-                dtype=None if bias is None else bias.dtype,
+                dtype=module.weight.dtype,
                 device=module.weight.device,
             )
             model.set_submodule(place, packed)
@@ -83,11 +83,27 @@ class MezzotintQuantizer(HfQuantizer):
         del self._packed
 
 
-def _find(model: Any, modules: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module] | None:
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Names of modules in the model, by their names in the file: as transformers renames what it loads."""
+    # here: both are being imported themselves when this module is
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    wanted = model.state_dict()
+
+    def renamed(name: str) -> str:
+        key, _ = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, wanted)
+        return key.removesuffix(".weight")
+
+    return renamed
+
+
+def _find(model: Any, modules: Mapping[str, nn.Module], name: str, renamed: str) -> tuple[str, nn.Module] | None:
     """Name in the model and module of a packed one; None where a model without its head has no place for it."""
     without_head = model.base_model is model
     inside = name.removeprefix(f"{model.base_model_prefix}.") if without_head else name
-    for place in (name, inside):
+    for place in (name, inside, renamed):
         if place in modules:
             return place, modules[place]
     if without_head:

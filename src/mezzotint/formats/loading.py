@@ -197,7 +197,7 @@ def _refuses_merged(model: ModelMap, schemes: Mapping[str, Scheme]) -> Refusal |
             rule=MERGED,
             what=model.merged[0],
             value="dense, beside packed matrices",
-            limit="transformers merges it of several weights, and in a packed folder takes these for packed",
+            limit="transformers makes it of several weights, which it takes for packed in a packed folder",
             remedy="Use --for dense, or --for vllm.",
         )
     return Refusal(

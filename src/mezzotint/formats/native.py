@@ -107,9 +107,9 @@ class Native:
     def refuses(self, entry: Entry, matrix: Matrix) -> Refusal | None:
         """The first rule that this entry breaks, or None.
 
-        Rules: ``linear-only``, ``renamed``, ``tied``, ``mixed-rows``.
+        Rules: ``linear-only``, ``tied``, ``mixed-rows``.
         """
-        return _refuses_kind(matrix) or refuses_tied(matrix) or _refuses_name(matrix) or _refuses_mixing(entry, matrix)
+        return _refuses_kind(matrix) or refuses_tied(matrix) or _refuses_mixing(entry, matrix)
 
     def refuses_plan(self, plan: Plan, model: ModelMap) -> tuple[Refusal, ...]:
         """Nothing: every matrix is on its own."""
@@ -279,18 +279,6 @@ def _refuses_kind(matrix: Matrix) -> Refusal | None:
             value="not the weight of an nn.Linear or nn.Embedding that is stored alone",
             limit="the engine replaces these only",
             remedy="Keep it, or use --for dense.",
-        )
-    return None
-
-
-def _refuses_name(matrix: Matrix) -> Refusal | None:
-    if matrix.sources[0] != matrix.parameter:
-        return Refusal(
-            rule="renamed",
-            what=matrix.name,
-            value=f"stored as {matrix.sources[0]}, but {matrix.parameter} in the model",
-            limit="the engine finds modules by their name in the file",
-            remedy="Use --for dense.",
         )
     return None
 

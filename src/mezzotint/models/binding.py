@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.quantizers import base as quantizers
 
 from mezzotint.errors import ModelError
 from mezzotint.models.checkpoint import Checkpoint, TensorInfo
@@ -78,13 +79,21 @@ class BoundCheckpoint:
 
     @property
     def merged(self) -> tuple[str, ...]:
-        """Parameters that are made of several weights of the checkpoint."""
+        """Parameters that are made of several weights of the checkpoint, or would be in a quantized folder."""
         groups = {conversion.key: conversion for conversion in self.conversions.values()}.values()
-        return tuple(
+        made = [
             conversion.key
             for conversion in groups
             if len(conversion.sources) > 1 and all(source.endswith(".weight") for source in conversion.sources)
-        )
+        ]
+        # transformers takes such modules apart wherever a folder is quantized (Llama 4's experts)
+        apart = [
+            f"{path}.{name}"
+            for path, module in self.skeleton.named_modules()
+            if type(module).__name__ in getattr(quantizers, "MODULES_TO_PATCH_FOR_QUANTIZATION", ())
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+        return (*made, *apart)
 
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has this parameter or persistent buffer."""
