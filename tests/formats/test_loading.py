@@ -113,9 +113,17 @@ def test_experts_that_are_stacked_at_load(source: str, engine: str, rules: list[
     expert = Matrix(
         name=f"{name}[1]", parameter=name, sources=(source,), shape=(64, 64), expert=1, linear=False, fusion="0.experts"
     )
-    model = replace(MODEL, matrices=MODEL.matrices | {expert.name: expert})
+    merged = (name,) if source.endswith(".weight") else ()
+    model = replace(MODEL, matrices=MODEL.matrices | {expert.name: expert}, merged=merged)
     plan = plan_of(grids_of(MODEL, {}), model, CompressedTensors(), engine)
     assert [refusal.rule for refusal in engines()[engine].refuses_plan(plan, model)] == rules
+
+
+def test_other_weights_that_are_merged_at_load():
+    model = replace(MODEL, merged=("model.layers.0.linear_attn.conv1d.weight",))
+    plan = plan_of(grids_of(MODEL, {}), model, CompressedTensors(), ANY)
+    assert [refusal.rule for refusal in engines()[ANY].refuses_plan(plan, model)] == ["merged-weights"]
+    assert not engines()["vllm"].refuses_plan(plan, model)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from mezzotint.errors import ConfigError
 from mezzotint.pipeline import memory
 from mezzotint.pipeline.descent import Descent
 from mezzotint.pipeline.recipe import Rule, load_recipe
-from pipeline.runs import HELD_OUT, TINY_LLAMA, assert_same_tensors, least_memory, plan_of, quantized, tensors_of
+from mezzotint.submodules.lpcd import Lpcd
+from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA, assert_same_tensors, least_memory, plan_of, quantized, tensors_of
+from zoo.models import make
 
 Folder = Callable[[str], Path]
 # fused and separate, norms of queries and keys, capped scores, sliding windows, parallel blocks, post-norms, Conv1D
@@ -158,12 +160,6 @@ def test_members_that_are_kept_leave_their_part_out(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    (
-        "mixtral",
-        {},
-        r"'updown' of model\.layers\.0 .* 'up' is the role of several matrices \(experts\).*parts=\[qk,vo\]",
-    ),
-    ("falcon_new_decoder", {}, r"'qk' of .*: its attention is not called through transformers' interface"),
     ("llama", {"submodules.parts": ["qk", "vq"]}, "setting 'submodules.parts' cannot be 'vq'"),
     ("llama", {"submodules.parts": []}, "name each of qk, vo, updown at most once"),
     ("llama", {"submodules.strength": 1.5}, "submodules.strength is 1.5; it must be from 0 to 1"),
@@ -180,12 +176,29 @@ def test_refusals_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_whose_roles_are_unknown_is_refused(
-    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mezzotint.models.roles._whole", lambda *_: None)
-    with pytest.raises(ConfigError, match=r"'qk' of model\.layers\.0 .* no matrix is known to have the role 'q'"):
-        descended(tiny_folder("llama"), tmp_path / "out", "lpcd-gptq", bits=3)
+LACKING = [
+    ("mixtral", {"updown"}, "several matrices have the role 'up' (experts)"),
+    ("falcon_new", {"qk", "vo"}, "its attention is not called through transformers' interface"),
+    ("bloom", {"qk", "vo"}, "its attention is not called through transformers' interface"),
+    ("bloom", {"updown"}, "gelu_impl (BloomGelu) is written for plain gradients only"),
+    ("mamba", {"qk", "vo", "updown"}, "no matrix is known to have the role"),
+    ("doge", {"qk", "vo"}, "attention has a mask of shape (1, 4, 4, 4)"),
+    ("gemma3n_text", {"qk"}, "another matrix reads the same inputs before attention does"),
+]
+
+
+@pytest.mark.parametrize(("name", "lacking", "why"), LACKING)
+def test_parts_that_a_block_lacks_are_left_out(name: str, lacking: set[str], why: str, tmp_path: Path) -> None:
+    """The plan names them, with why, and every entry of the block has the others."""
+    folder = make(name, tmp_path / name)
+    planned = mezzotint.plan(folder, "lpcd-gptq", engine="dense", calibration=TEXT)
+    told = {step.what.removeprefix("submodules without ") for step in planned.steps_down if why in step.why}
+    assert told == lacking
+    left = {"qk", "vo", "updown"} - {
+        step.what.removeprefix("submodules without ") for step in planned.plan.entries[0].steps_down
+    }
+    parts = planned.plan.entries[0].submodules
+    assert (set(parts.parts) if isinstance(parts, Lpcd) else set()) == left
 
 
 def test_rules_may_not_change_submodules(tmp_path: Path) -> None:

@@ -106,11 +106,19 @@ def test_fused_matrices_share_a_scheme() -> None:
 def test_mixed_files_are_symmetric_for_transformers() -> None:
     rule = {"match": "*.mlp.*", "set": {"grid.bits": 8}}
     mixed = with_rules(rule, grid={"kind": "uniform"})
+    asked = with_rules(rule, grid={"kind": "uniform", "symmetric": False})
     for engine in (None, "transformers"):
+        planned = plan_of(TINY_LLAMA, mixed, engine=engine)
+        assert planned.plan.format == "compressed-tensors"
+        assert all(entry.grid.symmetric for entry in planned.plan.entries)
+        ((step, names),) = planned.steps_down.items()
+        assert step.what == "grid.symmetric=true"
+        assert "zero points only where one scheme serves all" in step.why
+        assert len(names) == len(planned.plan.entries)
         with pytest.raises(FormatError, match=r"transformers.*symmetric=true.*\[mixed-asymmetric\]"):
-            plan_of(TINY_LLAMA, mixed, engine=engine)
+            plan_of(TINY_LLAMA, asked, engine=engine)
     symmetric = with_rules(rule, grid={"kind": "uniform", "symmetric": True})
-    assert plan_of(TINY_LLAMA, symmetric).plan.format == "compressed-tensors"
+    assert not plan_of(TINY_LLAMA, symmetric).steps_down
 
 
 def test_the_format_follows_the_modules(tiny_folder: Folder) -> None:

@@ -147,6 +147,7 @@ class ModelMap:
         final_norm: the normalisation before the head.
         parallel_residual: attention and MLP read the same stream and are added to it together.
         unmapped: parameters of blocks with two or more axes that no matrix of the map holds, with why they are kept.
+        stream_width: numbers of the hidden states a token: the hidden size, or several times that.
         merged: parameters that transformers makes of several weights of the checkpoint while it loads.
     """
 
@@ -157,6 +158,7 @@ class ModelMap:
     final_norm: NormEdge | None
     parallel_residual: bool
     unmapped: Mapping[str, str] = field(default_factory=dict)
+    stream_width: int = 0
     merged: tuple[str, ...] = ()
 
     def looked_up(self, name: str) -> bool:

@@ -65,7 +65,9 @@ class Trace:
         read: numbers of values that something else than a product reads.
         block_order: indices of the blocks as they ran.
         embeddings: parameters that were looked up with the token ids.
+        near_embeddings: those that were looked up with something made of them, as wrappers do.
         returned: of every block that returned a tuple, which members are tensors.
+        width: numbers of the hidden states a token.
         bridged: blocks whose input is not what the block before gave.
     """
 
@@ -82,5 +84,7 @@ class Trace:
     read: set[int] = field(default_factory=set)
     block_order: list[int] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
+    near_embeddings: list[str] = field(default_factory=list)
     returned: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     bridged: list[int] = field(default_factory=list)
+    width: int = 0

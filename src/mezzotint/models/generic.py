@@ -68,6 +68,7 @@ def infer(skeleton: PreTrainedModel, checkpoint: BoundCheckpoint | None) -> Mode
         final_norm=final_norm,
         parallel_residual=any(_is_parallel(trace, index) for index in range(len(blocks))),
         unmapped=draft.unmapped,
+        stream_width=trace.width,
         merged=() if checkpoint is None else checkpoint.merged,
     )
 
@@ -300,9 +301,10 @@ def _norm(draft: _Draft, number: int) -> NormEdge | None:
 
 def _embedding(draft: _Draft) -> str:
     """Adds the table that tokens are looked up in; gives its canonical name."""
-    if not draft.trace.embeddings:
+    looked_up = (*draft.trace.embeddings, *draft.trace.near_embeddings)
+    if not looked_up:
         raise ModelError("no parameter is looked up with the token ids. Give a model that reads token ids.")
-    name = draft.trace.embeddings[0]
+    name = looked_up[0]
     path, _, attribute = name.rpartition(".")
     plain = path if attribute == "weight" else name
     rows, width = draft.skeleton.get_parameter(name).shape

@@ -64,6 +64,8 @@ def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) ->
     skeleton.eval().requires_grad_(False)
     for part in (skeleton.config, skeleton.config.get_text_config()):
         part.use_cache = False
+        if hasattr(part, "rescale_every"):
+            part.rescale_every = 0  # RWKV halves weights and states every few blocks, for float16's range alone
     experts.install(skeleton)
     return skeleton
 

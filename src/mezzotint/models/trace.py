@@ -6,6 +6,7 @@ same tensor" means the same numbers, however they are laid out.
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Watcher(TorchDispatchMode):
         self._rules: dict[Any, tuple[Callable[[_Call], None], tuple[int, ...]]] = {}
         self._chosen: dict[int, frozenset[str]] = {}
         self._ids = -1
+        self._of_ids: set[int] = set()
         self._given: int | None = None
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             key = self._storage(parameter)
@@ -88,8 +90,11 @@ class Watcher(TorchDispatchMode):
 
     def _mixed(self, values: Iterable[Value]) -> Value:
         values = tuple(values)
+        number = next(self._numbers)
+        if any(value.number in self._of_ids for value in values):
+            self._of_ids.add(number)
         return Value(
-            next(self._numbers),
+            number,
             upstream=frozenset().union(*(v.upstream for v in values)),
             nearest=frozenset().union(*(v.nearest for v in values)),
             mixed=any(v.mixed for v in values),
@@ -206,8 +211,9 @@ class Watcher(TorchDispatchMode):
 
     def _embedding(self, call: _Call) -> None:
         table, ids = self.value(call.args[0]), self.value(call.args[1])
-        if table.parameter is not None and ids.number == self._ids:
-            self.trace.embeddings.append(table.parameter)
+        if table.parameter is not None and ids.number in self._of_ids:
+            found = self.trace.embeddings if ids.number == self._ids else self.trace.near_embeddings
+            found.append(table.parameter)
         self._record(call, self._read(call))
 
     def _copy(self, call: _Call) -> None:
@@ -241,6 +247,7 @@ class Watcher(TorchDispatchMode):
     def token_ids(self, ids: Tensor) -> None:
         """The input of the model."""
         self._ids = self.value(ids).number
+        self._of_ids = {self._ids}
 
     def hooks(self, skeleton: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[Any]:
         """Install everything that must be known about modules; yields what can be removed."""
@@ -309,6 +316,7 @@ class Watcher(TorchDispatchMode):
                 if self._given is not None and self.value(hidden).number != self._given:
                     self.trace.bridged.append(index)
                 self.set(hidden, Value(self.value(hidden).number, stream=True))
+                self.trace.width = hidden.numel() // math.prod(TOKENS)
 
         return hook
 

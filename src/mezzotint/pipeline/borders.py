@@ -104,7 +104,7 @@ class Borders:
             pieces = tuple(piece[mask[piece] & mask[piece + 1]] for piece in pieces)
         return tuple(piece.to(self.device) for piece in pieces if len(piece))
 
-    def get(self, border: int, window: int) -> Float[Tensor, "1 seqlen width"]:
+    def get(self, border: int, window: int) -> Float[Tensor, "1 seqlen *width"]:
         """States at a border, or what was put there instead."""
         return self._store.get(border * len(self) + window)
 

@@ -126,6 +126,8 @@ class Passage:
         if beside is None:
             for name, value in written.items():
                 self._write(name, block, value)
+            if not self._history:
+                self._forget_before(block)
         else:
             beside.written |= written
         return _from_model(found[0], call.axis)
@@ -194,8 +196,6 @@ class Passage:
         if block in written:
             self._shelf.release(written.pop(block))
         written[block] = self._shelf.hold(value)
-        if not self._history:
-            self._forget_before(block)
 
     def _forget_before(self, block: int) -> None:
         """Forget what neither a block nor those behind it read."""
@@ -208,6 +208,10 @@ class Passage:
 
 class _LastBlockReachedError(Exception):
     """Leaves the model's forward: nothing after the blocks is wanted."""
+
+
+class _HeadReachedError(Exception):
+    """Leaves the model's forward: logits are not wanted."""
 
 
 class Bypass:
@@ -258,6 +262,26 @@ class Bypass:
         """Logits at some positions, given the last block's output."""
         output = self._forward(lambda *_: hidden, tokens, None, logits_to_keep=positions)
         return output.logits if output.logits.shape[1] == len(positions) else output.logits[:, positions]
+
+    def head_input(
+        self, tokens: Int[Tensor, "windows seqlen"], hidden: Tensor
+    ) -> Float[Tensor, "windows seqlen width"]:
+        """What the head multiplies, given the last block's output; the head itself need not be there."""
+        found: list[Tensor] = []
+
+        def leave(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _HeadReachedError
+
+        head: Any = self._skeleton.get_output_embeddings()  # type: ignore[operator]
+        handle = head.register_forward_pre_hook(leave)
+        try:
+            self._forward(lambda *_: hidden, tokens, None)
+        except _HeadReachedError:
+            return found[0]
+        finally:
+            handle.remove()
+        raise ModelError("the model's forward never ran its head; its inputs cannot be observed. Keep the head.")
 
     def _forward(self, see: Callable[..., Tensor], tokens: Tensor, mask: Tensor | None, **extra: Any) -> Any:
         def stand_in(returns: Sequence[bool]) -> Callable[..., Any]:
@@ -332,7 +356,7 @@ def _window_axis(hidden: Tensor, tokens: Int[Tensor, "windows seqlen"]) -> int:
 
 def _from_model(hidden: Tensor, axis: int) -> Tensor:
     """Hidden states with windows and tokens on the first axes (Gemma 3n has its four streams there)."""
-    return hidden.movedim((axis, axis + 1), (0, 1)) if axis else hidden
+    return hidden.movedim((axis, axis + 1), (0, 1)).contiguous() if axis else hidden
 
 
 def _to_model(hidden: Tensor, axis: int) -> Tensor:

@@ -53,7 +53,7 @@ def serving_bytes(source: Source, context: int) -> int:
     cache = per_layer * sum(kept.get(layer, 0) for layer in layers)
     widest = max(matrix.shape[0] for matrix in source.map.matrices.values() if matrix.name != source.map.head)
     piece = min(context, _PIECE)
-    return cache + 2 * piece * (2 * config.hidden_size + 3 * widest) + 4 * config.vocab_size
+    return cache + 2 * piece * (2 * source.map.stream_width + 3 * widest) + 4 * config.vocab_size
 
 
 def quantized_bytes(source: Source, planned: Planned) -> int:

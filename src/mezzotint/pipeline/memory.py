@@ -137,7 +137,7 @@ def _alone(source: Source, name: str, by_name: Mapping[str, Entry], tokens: Toke
 
 def _block(source: Source, block: Block, by_name: Mapping[str, Entry], tokens: Tokens, *, panels: bool) -> set[Phases]:
     matrices = source.map.matrices
-    hidden = source.config.get_text_config().hidden_size
+    hidden = source.map.stream_width
     names = [name for group in block.groups for name in group.matrices]
     base = BASE_BYTES + sum(_numel(source, name) for name in names) * _FLOAT
     both = any("drift" in entry.needs for entry in by_name.values())
@@ -196,7 +196,7 @@ def _backward(source: Source, entries: Sequence[Entry], tokens: Tokens, stored: 
     """The way back through the model, which the curvature in outputs is measured on."""
     matrices, text = source.map.matrices, source.config.get_text_config()
     seen = curvature_tokens(entries, tokens)
-    states = (len(source.map.blocks) + 1) * seen * text.hidden_size * _FLOAT
+    states = (len(source.map.blocks) + 1) * seen * source.map.stream_width * _FLOAT
     logits = 2 * min(GRADIENT_BYTES, LOGIT_COPIES * tokens.seqlen * text.vocab_size * _FLOAT)
     around = [source.map.embedding]
     if source.map.head is not None and matrices[source.map.head].tied_to is None:

@@ -90,10 +90,13 @@ class Output:
 
     def copy_rest(self) -> None:
         """Copy every tensor that nothing has replaced, byte for byte."""
-        missing = set(self._writer.missing)
+        missing, checkpoint = set(self._writer.missing), self._source.checkpoint
+        # a bound may be infinite
+        buffers = (name for name, _ in self._source.skeleton.named_buffers() if checkpoint.holds(name))
+        unchecked = {name for buffer in buffers for name in checkpoint.sources(buffer)}
         for name in (name for name in self._planned.layout.copied if name in missing):
             info = self._source.checkpoint.tensors[name]
-            if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES:
+            if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES and name not in unchecked:
                 check_finite(name, self._source.checkpoint.checkpoint.read(name))
             self._writer.copy(name, Path(info.path), info.offset)
 

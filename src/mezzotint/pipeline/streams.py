@@ -16,7 +16,7 @@ from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.core.structure import Matrix
 from mezzotint.errors import NonFiniteError
 from mezzotint.kernels import multiplies_bfloat16
-from mezzotint.models import Source, dematerialize, materialize
+from mezzotint.models import Source
 from mezzotint.pipeline.bypass import Passage, surroundings
 from mezzotint.pipeline.capture import BlockRun, GroupInputs, Inputs
 from mezzotint.pipeline.memory import windows_of_batches
@@ -272,26 +272,23 @@ class Streams:
         return error / count, signal / count
 
     def head_statistics(self, needs: frozenset[str]) -> tuple[Statistics, Statistics]:
-        """Statistics of the head's input, the final norm's output; its output is added to no stream."""
-        norm = self._source.map.final_norm
-        path = "" if norm is None else norm.parameter.rpartition(".")[0]
-        module = self._source.skeleton.get_submodule(path) if norm is not None else nn.Identity()
-        if norm is not None:
-            materialize(module, path, self._source.checkpoint, dtype=self.dtype, device=self._device)
-        width = self._source.config.get_text_config().hidden_size
-        kept = needs - {"residual"}
+        """Statistics of the head's input; its output is added to no stream."""
+        head = self._source.map.head
+        assert head is not None
+        width, kept = self._source.map.matrices[head].shape[1], needs - {"residual"}
         sums = [
             Accumulator(width, kept, device=self._device, storage=self.storage, factors=self.factors)
             for _ in (False, True)
         ]
-        for index, batch in enumerate(self.batches):
-            with torch.no_grad():
-                hidden = module(self._quantized.get(index)).flatten(0, -2)
-                original = module(self._original.get(index)).flatten(0, -2) if "drift" in needs else None
-            weights = None if batch.mask is None else batch.mask.flatten().to(hidden)
-            sums[batch.held_out].add(hidden, original=original, weights=weights)
-        if norm is not None:
-            dematerialize(module)
+        with surroundings(self._source, head=False, dtype=self.dtype, device=self._device) as bypass, torch.no_grad():
+            for index, batch in enumerate(self.batches):
+                tokens = batch.tokens.to(self._device)
+                hidden = bypass.head_input(tokens, self._quantized.get(index)).flatten(0, -2)
+                original = None
+                if "drift" in needs:
+                    original = bypass.head_input(tokens, self._original.get(index)).flatten(0, -2)
+                weights = None if batch.mask is None else batch.mask.flatten().to(hidden)
+                sums[batch.held_out].add(hidden, original=original, weights=weights)
         fit, held_out = (summed(self.ranks, one) for one in sums)
         return fit, held_out
 
