@@ -1,9 +1,12 @@
 """How torch computes in tests: the number of threads, and sums in another order than the processor's.
 
-Libraries of matrix products sum in an order that depends on the processor, on shapes and strides, on where in memory a
-matrix begins, on the number of threads, and on whether an entry lies at the edge of the result. Here each of these but
-the processor changes the order. The same sum of the same tensors keeps its bits; what else agrees to the last bit does
-so by construction, and not by luck with one processor.
+Libraries of matrix products choose the order of a sum by the processor, by shapes and strides, by where in memory a
+matrix begins, by the number of threads, and by whether an entry lies at the edge of the result. Here all of these
+except the processor change the order. The same product of the same tensors keeps its bits, so tests that compare such
+products pass, and tests that compare sums formed in two ways fail.
+
+Another processor is one more such order. That is true of bfloat16 too: a product of two bfloat16 numbers is exact in
+float32, so processors with AMX, which multiply tiles, differ from others only in how these products are summed.
 """
 
 import os
