@@ -1,7 +1,8 @@
 """What all tests share: a fixed stream of examples and one thread, so that a run repeats bit for bit."""
 
-import torch
 from hypothesis import HealthCheck, settings
+
+import sums
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", derandomize=True, max_examples=15, **_COMMON)
@@ -9,4 +10,4 @@ settings.register_profile("default", derandomize=True, max_examples=15, **_COMMO
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 settings.load_profile("default")
 
-torch.set_num_threads(1)
+sums.set_up()

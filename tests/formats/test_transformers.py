@@ -15,6 +15,7 @@ from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.dense import Dense
 from mezzotint.formats.gguf import FILE
 from mezzotint.grids.uniform import UniformGrid
+from sums import lay_alike
 
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 
@@ -26,15 +27,16 @@ def stock(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def assert_same(folder: Path, twin: PreTrainedModel, **options: Any) -> None:
-    """The same values and logits, bit for bit: both multiply the same dense weights, on one thread."""
+    """The same values and logits, bit for bit: both multiply the same dense weights, laid alike in memory."""
     model = stock(folder, **options)
     with torch.no_grad():
-        logits = model(TOKENS).logits  # the first forward decompresses
+        model(TOKENS)  # the first forward decompresses
     state = model.state_dict()
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+    lay_alike(model, twin)
     with torch.no_grad():
-        torch.testing.assert_close(logits, twin(TOKENS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(model(TOKENS).logits, twin(TOKENS).logits, rtol=0, atol=0)
 
 
 def in_blocks(grid: UniformGrid):

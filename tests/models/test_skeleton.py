@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mezzotint.models import Source, open_model
 from mezzotint.models.skeleton import build_skeleton, dematerialize, materialize, quiet
 from mezzotint.testing.models import TINY, VOCABULARY, make_tiny_model
+from sums import lay_alike
 
 Folder = Callable[[str], Path]
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -26,6 +27,7 @@ def test_logits_are_those_of_from_pretrained(name: str, dtype: torch.dtype, tiny
     materialize(source.skeleton, "", source.checkpoint, dtype=dtype, device="cpu")
     with quiet(), torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(tiny_folder(name), dtype=dtype, experts_implementation="eager")
+        lay_alike(reference, source.skeleton)
         expected = reference(input_ids=IDS, use_cache=False).logits
         torch.testing.assert_close(source.skeleton(input_ids=IDS).logits, expected, rtol=0, atol=0)
     for buffer, value in reference.named_buffers():

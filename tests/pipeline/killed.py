@@ -7,16 +7,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mezzotint
+import sums
 from pipeline.runs import TEXT, TINY_LLAMA
 
 ARGUMENTS: dict[str, Any] = {"calibration": TEXT, "samples": 8, "seqlen": 32, "device": "cpu", "bits": 3}
 
 
 def _quantize(out: Path, overrides: dict[str, Any], failed: Any) -> None:
-    torch.set_num_threads(1)
+    sums.set_up()
     model, recipe = overrides.pop("model", TINY_LLAMA), overrides.pop("recipe", "loaq-gptq")
     try:
         mezzotint.quantize(model, recipe, out=out, resume=True, **ARGUMENTS | overrides)

@@ -3,18 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from benchmarks.make_random_llama import make_random_llama
 
 from mezzotint.core import panels
+from mezzotint.core.panels import StoredSquare, in_memory
+from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import ConfigError
-from mezzotint.pipeline import costs
+from mezzotint.pipeline import costs, sweep
 from mezzotint.pipeline.memory import BASE_BYTES, Phases
 from mezzotint.pipeline.plan import make_plan
+from mezzotint.pipeline.solve import Solved, Solver, Weights
 from pipeline.runs import TEXT, TINY_LLAMA, least_memory, opened, plan_of, quantized, request_of
 
 
@@ -64,27 +69,68 @@ def test_blocks_cost_nothing(tmp_path: Path) -> None:
     assert peaks[0] == peaks[1]
 
 
+class Twice(Accumulator):
+    """Sums that lie in files, and the same in memory, which must be alike."""
+
+    widths: ClassVar[set[int]] = set()
+
+    def __init__(self, width: int, *rest: Any, **options: Any) -> None:
+        super().__init__(width, *rest, **options)
+        self._held = Accumulator(width, *rest, **{**options, "storage": None})
+        self.widths.add(width)
+
+    def add(self, *inputs: Any, **more: Any) -> None:
+        super().add(*inputs, **more)
+        self._held.add(*inputs, **more)
+
+    def finish(self) -> Statistics:
+        filed, held = super().finish(), self._held.finish()
+        assert isinstance(filed.gram, StoredSquare)
+        for name in ("gram", "drift", "output_drift", "residual", "mean_abs"):
+            found, expected = getattr(filed, name), getattr(held, name)
+            if expected is None:
+                assert found is None
+                continue
+            # T = 224 tokens at most, of either sign, in float32: a random walk of sqrt(T) = 15 steps of 2^-24 of a sum
+            found = found.whole() if isinstance(found, StoredSquare) else found
+            off = torch.linalg.vector_norm(found - expected)
+            assert off <= 2**-24 * 15 * torch.linalg.vector_norm(expected)
+        return filed
+
+
 @pytest.mark.parametrize("recipe", [pytest.param("gptq", marks=pytest.mark.slow), "default"])
 def test_sums_in_files_give_the_same(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the order of sums, which may turn a code that lies on the border of two, and then those behind it."""
-    held = quantized(TINY_LLAMA, tmp_path / "held", recipe)
+    """But for the order of sums: every matrix is solved from sums in files and once more from the same in memory."""
     monkeypatch.setattr(panels, "PANEL_BYTES", 2**17)
     least = least_memory(TINY_LLAMA, recipe)
     assert plan_of(TINY_LLAMA, recipe, memory=least).costs.panels
     assert not plan_of(TINY_LLAMA, recipe, memory=2 * least).costs.panels
-    made: list[int] = []
-    whole = panels.StoredSquare.__init__
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    solve = Solver.solve
 
-    def counted(self: Any, width: int, *rest: Any) -> None:
-        made.append(width)
-        whole(self, width, *rest)
+    def spy(self: Solver, weights: Weights, *known: Statistics | None, place: int) -> Iterator[Solved]:
+        again = list(solve(self, weights, *map(held, known), place=place))
+        for solved, other in zip(solve(self, weights, *known, place=place), again, strict=True):
+            pairs.append((solved.result.code, other.result.code))
+            yield solved
 
-    monkeypatch.setattr(panels.StoredSquare, "__init__", counted)
-    filed = quantized(TINY_LLAMA, tmp_path / "filed", recipe, memory=least)
-    assert set(made) == {256, 768}
-    assert [block["error"] for block in filed["blocks"]] == pytest.approx(
-        [block["error"] for block in held["blocks"]], rel=0.02
-    )
+    monkeypatch.setattr(Twice, "widths", set())
+    monkeypatch.setattr(sweep, "Accumulator", Twice)
+    monkeypatch.setattr(Solver, "solve", spy)
+    quantized(TINY_LLAMA, tmp_path / "filed", recipe, memory=least)
+    assert Twice.widths == {256, 768}
+    assert len(pairs) == 21
+    different = sum(int((code != other).sum()) for code, other in pairs)
+    # One code in 10^5 lies so near to the border of two that the last bits of a sum decide. It takes codes of its row
+    # along that are rounded after it, some hundred at most.
+    assert different <= 5e-3 * sum(code.numel() for code, _ in pairs)
+
+
+def held(statistics: Statistics | None) -> Statistics | None:
+    """The same sums in memory."""
+    assert statistics is not None
+    squares = {name: getattr(statistics, name) for name in ("gram", "drift")}
+    return replace(statistics, **{name: in_memory(square) for name, square in squares.items() if square is not None})
 
 
 @pytest.mark.slow

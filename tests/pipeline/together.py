@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+import sums
 from mezzotint.pipeline.ranks import Ranks
 from pipeline.runs import quantized
 
@@ -18,7 +19,7 @@ Work = Callable[..., Any]
 
 
 def _rank(number: int, size: int, folder: str, seconds: float, work: Work, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+    sums.set_up()
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(size)}
     # a file, not a port: nothing else on the machine can be in the way
     store = distributed.FileStore(f"{folder}/store", size)
