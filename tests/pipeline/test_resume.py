@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from mezzotint.errors import ConfigError, MezzotintError, OutputError, VanishedError, WriteError
-from mezzotint.formats.folder import OutputFolder
+from mezzotint.formats.folder import MARKER, OutputFolder, differences
 from mezzotint.models import open_model
 from mezzotint.pipeline import calibrate, resume, run, saved
-from mezzotint.pipeline.resume import differences
 from mezzotint.pipeline.saved import Saved, save
 from mezzotint.pipeline.solve import Solver
 from pipeline.killed import finished, killed
@@ -184,7 +183,7 @@ def test_the_curvature_is_not_measured_again(llama: Path, tmp_path: Path, monkey
 
 
 def test_stopped_at_the_rename(llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(_: OutputFolder) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise _StoppedError
 
     with monkeypatch.context() as patched:
@@ -219,7 +218,7 @@ def test_an_allocation_with_two_candidates(llama: Path, tmp_path: Path) -> None:
 
     with pytest.raises(_StoppedError):
         quantized(llama, tmp_path / "out", "gptq", listener=listener, **options)
-    assert sorted(path.name for path in partial(tmp_path / "out").iterdir()) == ["allocated", "uniform.partial"]
+    assert {path.name for path in partial(tmp_path / "out").iterdir()} == {MARKER, "allocated", "uniform.partial"}
     quantized(llama, tmp_path / "out", "gptq", resume=True, **options)
     assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
     assert not partial(tmp_path / "out").exists()
@@ -345,7 +344,7 @@ def test_damaged_work_is_named(pattern: str, change: Callable[[bytearray], Any] 
 def test_a_full_disk_stops_and_resumes(
     what: str, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = {"shards": (os, "pwrite"), "streams": (saved, "sync_folder"), "state": (resume, "write_json")}
+    places = {"shards": (os, "pwrite"), "streams": (saved, "replacing"), "state": (resume, "write_json")}
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
