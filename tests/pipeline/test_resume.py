@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mezzotint.errors import ConfigError, MezzotintError, OutputError, VanishedError, WriteError
+from mezzotint.errors import ConfigError, OutputError, VanishedError, WriteError
 from mezzotint.formats.folder import MARKER, OutputFolder, differences
-from mezzotint.models import open_model
 from mezzotint.pipeline import calibrate, resume, run, saved
 from mezzotint.pipeline.saved import Saved, save
 from mezzotint.pipeline.solve import Solver
-from pipeline.killed import finished, killed
 from pipeline.runs import TEXT, assert_same_bits, quantized, tiny
 
 RECIPE = "loaq-gptq"
@@ -75,38 +72,6 @@ def assert_same(out: Path, whole: Path) -> None:
     for kind in ("linears", "blocks"):
         first, second = ([{**record, "seconds": 0} for record in report[kind]] for report in reports)
         assert first == second
-
-
-# ---- killed ---------------------------------------------------------------------------------------------------------
-
-
-def kill_and_finish(kills: int, seed: int, tmp_path: Path, **overrides: Any) -> None:
-    """Kill a run so many times, each time at a random moment of the time that a whole run takes."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    finished(whole, **overrides)
-    seconds = json.loads((whole / "mezzotint.json").read_text())["seconds"]
-    moments = random.Random(seed)
-    for _ in range(kills):
-        if not killed(out, moments.uniform(0, seconds), **overrides):
-            break
-        assert not out.exists()
-        if not (partial(out) / "mezzotint.json").exists():  # else it is complete, and only the rename is missing
-            with pytest.raises(MezzotintError):
-                open_model(partial(out))
-    if not out.exists():
-        finished(out, **overrides)
-    assert_same(out, whole)
-
-
-def test_three_kills(llama: Path, tmp_path: Path) -> None:
-    kill_and_finish(3, 0, tmp_path, model=llama)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("overrides", [{}, {"recipe": "qep-trellis", "bits": 2.5, "memory": 2**30}], ids=["", "spill"])
-def test_twenty_kills(seed: int, overrides: dict[str, Any], tmp_path: Path) -> None:
-    kill_and_finish(4, seed, tmp_path, **overrides)
 
 
 # ---- stopped at every place -----------------------------------------------------------------------------------------
