@@ -29,7 +29,6 @@ _AUDITED = {
     "os.truncate": "truncate",
 }  # fmt: skip
 _CALLED = ("fsync", "pwrite", "posix_fallocate", "copy_file_range")
-TOLD: list[str] = []  # what a sweep counted
 _WRITES = os.O_WRONLY | os.O_RDWR
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from mezzotint.errors import MezzotintError
 from mezzotint.formats.folder import MARKER
 from mezzotint.models import open_model
-from pipeline.killed import TOLD, finished, finished_together, killed, killed_together
+from pipeline.killed import finished, finished_together, killed, killed_together
 from pipeline.runs import TINY_LLAMA, quantized, tiny
 
 TIMES = {"seconds", "cpu_seconds", "peak_rss_bytes", "by_rank", "times"}
@@ -101,7 +102,8 @@ def test_what_takes_seconds_is_made_anew(kind: str, tmp_path: Path) -> None:
     finished(tmp_path / "whole" / "out", kind, model=model, **arguments)
     out = tmp_path / "killed" / "out"
     for kill in (
-        "rename *.partial/mezzotint.unfinished.json.tmp", "pwrite", "rename *.partial", "remove */mezzotint.unfinished.json"
+        "rename *.partial/mezzotint.unfinished.json.tmp", "pwrite", "rename *.partial",
+        "remove */mezzotint.unfinished.json",
     ):  # fmt: skip
         assert killed(out, kill, kind=kind, model=model, **arguments), f"ended before {kill!r}"
         assert not is_finished(out)
@@ -135,7 +137,14 @@ def moments(names: list[str], count: int) -> list[int]:
     ],
     ids=["default", "default-2", "palette", "palette-2", "convert"],
 )
-def test_two_hundred_kills(kind: str, ranks: int, count: int, arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_two_hundred_kills(
+    kind: str,
+    ranks: int,
+    count: int,
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     """A run killed at each of many moments; then the continued one killed at another, and continued again."""
     chance, kills = random.Random(0), 0
     if kind == "convert":
@@ -161,7 +170,8 @@ def test_two_hundred_kills(kind: str, ranks: int, count: int, arguments: dict[st
         if not is_finished(out):
             end(out)
         assert_same(out, whole)
-    TOLD.append(f"{kind} on {ranks}: {len(names)} operations, {kills} kills")
+    record_property("operations", len(names))
+    record_property("kills", kills)
     assert kills >= count - (ranks > 1) * count // 2  # the second rank has fewer operations than the first
 
 
