@@ -22,7 +22,7 @@ from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.resume import STATE
 from mezzotint.pipeline.run import Listener, Progress
-from mezzotint.pipeline.source import local_folder, open_original
+from mezzotint.pipeline.source import open_original
 
 _CANDIDATES = ("allocated", "uniform")
 _PATIENCE = timedelta(days=2)  # of ranks that wait for the first one's prices and measurements
@@ -73,7 +73,8 @@ def _guarded(request: Request, out: Path, listener: Listener | None, resume: boo
     with ranks.led():
         if ranks.first:
             place = OutputFolder(out, resume=resume)
-            ending = Ending(local_folder(request.model), trusted=request.trust_remote_code)
+            original = open_original(request.model, trust_remote_code=request.trust_remote_code)
+            ending = Ending(original.folder, trusted=request.trust_remote_code)
             place.begin("quantize", _makes(ending), _identity(request))
     if ranks.told(place is not None and place.complete is not None):  # only the last rename was missing
         return ranks.told(None if place is None else _placed(place, out, read_report(place.result)))

@@ -41,8 +41,8 @@ class Ending:
 
     def stamps(self) -> dict[str, list[int]]:
         """Sizes and times of the original's tensors: whether it is still the same, without reading it."""
-        paths = (path for path in self._original.iterdir() if path.suffix in (".safetensors", ".gguf"))
-        return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
+        paths = [path for path in self._original.iterdir() if path.suffix in (".safetensors", ".gguf")]
+        return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths) if p.is_file()}
 
     def config(self) -> dict[str, Any]:
         """config.json of the original, to be changed."""
