@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 import mezzotint
-from mezzotint.errors import FormatError, MezzotintError, ModelError, WriteError
+from mezzotint.errors import FormatError, MezzotintError, ModelError, OutputError, WriteError
 from mezzotint.pipeline.card import legal_front_matter, update_card
 from mezzotint.pipeline.ending import Ending
 from mezzotint.pipeline.results import read_results
+from mezzotint.pipeline.rotate import Rotations, rotate
 from pipeline.runs import TINY_LLAMA, quantized
 
 LEGAL = "license: mit\nlanguage:\n- en\n- 'no'\n"
@@ -24,6 +25,23 @@ LEGAL = "license: mit\nlanguage:\n- en\n- 'no'\n"
 def model(tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(TINY_LLAMA, tmp_path / "model"))
+
+
+def make(kind: str, folder: Path, out: Path, **options: Any) -> Any:
+    """Any of the commands that make a folder of a folder."""
+    if kind == "convert":
+        return mezzotint.convert(folder, "dense", out=out, **options)
+    if kind == "rotate":
+        return mezzotint.rotate(folder, out=out, **options)
+    return quantized(folder, out, "rtn" if kind == "quantize" else "palette", bits=4, **options)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized folder."""
+    folder = tmp_path_factory.mktemp("packed") / "q"
+    quantized(TINY_LLAMA, folder, "rtn", format="mezzotint", bits=4)
+    return folder
 
 
 # ---- the original's card --------------------------------------------------------------------------------------------
@@ -66,9 +84,8 @@ def test_a_card_that_is_no_file_or_not_utf_8(tmp_path: Path) -> None:
     assert legal_front_matter(tmp_path) == ({"license": "mit"}, None)
 
 
-def test_an_edited_card_keeps_its_bytes(tmp_path: Path) -> None:
-    quantized(TINY_LLAMA, tmp_path / "out", "rtn")
-    card = tmp_path / "out" / "README.md"
+def test_an_edited_card_keeps_its_bytes(packed: Path, tmp_path: Path) -> None:
+    card = Path(shutil.copytree(packed, tmp_path / "out")) / "README.md"
     before = card.read_bytes().replace(b"# ", b"# caf\xe9 ", 1)
     card.write_bytes(before.replace(b"Nothing yet", b"Nothing"))
     update_card(tmp_path / "out")
@@ -126,13 +143,6 @@ def test_gguf_metadata_that_cannot_be_written_is_found_before_the_work(model: Pa
 # ---- files that go along --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized folder."""
-    quantized(TINY_LLAMA, tmp_path_factory.mktemp("packed") / "q", "rtn", format="mezzotint", bits=4)
-    return next(tmp_path_factory.getbasetemp().glob("packed*/q"))
-
-
 def pipe(path: Path) -> None:
     path.unlink(missing_ok=True)
     os.mkfifo(path)
@@ -142,16 +152,13 @@ def nowhere(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("kind", ["quantize", "palette", "convert", "rotate"])
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("kind", "name", "change", "told"),
     [
-        (
-            "tokenizer_config.json",
-            pipe,
-            "tokenizer_config.json goes with .* cannot be read: it is no regular file",
-        ),
-        ("LICENSE", nowhere, "LICENSE goes with .* cannot be read: it is a link to nothing"),
+        ("quantize", "tokenizer_config.json", pipe, "it is no regular file"),
+        ("palette", "LICENSE", nowhere, "it is a link to nothing"),
+        ("convert", "tokenizer_config.json", pipe, "it is no regular file"),
+        ("rotate", "LICENSE", nowhere, "it is a link to nothing"),
     ],
 )
 def test_unreadable_files_are_refused_before_the_work(
@@ -159,14 +166,8 @@ def test_unreadable_files_are_refused_before_the_work(
 ) -> None:
     folder = Path(shutil.copytree(packed if kind == "convert" else TINY_LLAMA, tmp_path / "model"))
     change(folder / name)
-    make = {
-        "quantize": lambda: quantized(folder, tmp_path / "out", "rtn"),
-        "palette": lambda: quantized(folder, tmp_path / "out", "palette", bits=4),
-        "convert": lambda: mezzotint.convert(folder, "dense", out=tmp_path / "out"),
-        "rotate": lambda: mezzotint.rotate(folder, out=tmp_path / "out"),
-    }[kind]
-    with pytest.raises(ModelError, match=told):
-        make()
+    with pytest.raises(ModelError, match=rf"{name} goes with .* cannot be read: {told}"):
+        make(kind, folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -188,7 +189,7 @@ def test_a_tokenizer_that_vanishes_keeps_the_work(model: Path, tmp_path: Path) -
         if (model / "tokenizer.json").exists():
             (model / "tokenizer.json").rename(model / "away")
 
-    options: dict[str, Any] = {"engine": "llama.cpp", "settings": {"grid.kind": "gguf"}}
+    options: dict[str, Any] = {"engine": "llama.cpp", "settings": {"grid.kind": "gguf"}, "keep": ["*.[12].*"]}
     with pytest.raises(MezzotintError, match=r"has no tokenizer.json") as caught:
         quantized(model, tmp_path / "out", "rtn", listener=listener, **options)
     assert "--resume continues it" in caught.value.__notes__[-1]
@@ -219,22 +220,58 @@ def test_a_result_is_kept_where_its_place_is_taken(kind: str, packed: Path, tmp_
         out.mkdir(exist_ok=True)
         (out / "mine").touch()
 
-    def make(**options: Any) -> dict[str, Any]:
+    def made(**options: Any) -> dict[str, Any]:
         if kind == "convert":
             return mezzotint.convert(packed, "dense", out=out, **options)
-        from mezzotint.pipeline.rotate import Rotations, rotate
-
         return rotate(TINY_LLAMA, out, Rotations(), **options)
 
     with pytest.raises(WriteError, match=r"was made by somebody else.*lies in .*out.partial: rename it"):
-        make(step=step)
+        made(step=step)
     assert (tmp_path / "out.partial" / "config.json").is_file()
     assert [path.name for path in out.iterdir()] == ["mine"]
     (out / "mine").unlink()
     out.rmdir()
     done: list[object] = []
-    result = make(resume=True, step=lambda *arguments: done.append(arguments))
+    result = made(resume=True, step=lambda *arguments: done.append(arguments))
     assert result["output_bytes"] > 0
     assert len(done) == 0 or kind == "rotate"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not list(out.glob("*unfinished*"))
+
+
+# ---- the place ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["quantize", "palette", "convert", "rotate"])
+def test_the_files_of_others_are_left_alone(
+    kind: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without our marker, beside it, and whatever --resume says: nothing is written or removed."""
+    (tmp_path / "out.partial" / "work").mkdir(parents=True)
+    (tmp_path / "out.partial" / "work" / "state.json").write_text("{}")
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path / "out.partial" / "work")
+
+    def state() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() if path.is_file() else b"" for path in tmp_path.rglob("*")}
+
+    folder = packed if kind == "convert" else TINY_LLAMA
+    before = state()
+    for resume in (False, True):
+        for out, told in (("out", "thesis.txt, work/"), ("link", "is a link"), ("n" * 250, "is too long")):
+            with pytest.raises(OutputError, match=told):
+                make(kind, folder, tmp_path / out, resume=resume)
+        with pytest.raises(OutputError, match=r"exists and is not empty"):
+            make(kind, folder, Path(), resume=resume)
+    assert state() == before
+
+
+def test_a_folder_inside_the_model_leaves_the_model_as_it_is(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    monkeypatch.chdir(model)
+    mezzotint.quantize(Path(), "rtn", out=Path("out"), device="cpu")
+    assert (model / "out" / "config.json").is_file()
+    assert {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()} == before
+    with pytest.raises(OutputError, match=r"exists and is not empty"):
+        mezzotint.quantize(Path(), "rtn", out=Path(), device="cpu")
