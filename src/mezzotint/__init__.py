@@ -111,12 +111,15 @@ def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None 
     return run(Path(model), str(text), against=None if against is None else Path(against), **options)
 
 
-def rotate(model: str | Path, *, out: str | Path, trust_remote_code: bool = False, **choices: Any) -> dict[str, Any]:
+def rotate(
+    model: str | Path, *, out: str | Path, resume: bool = False, trust_remote_code: bool = False, **choices: Any
+) -> dict[str, Any]:
     """Write a folder whose model computes what ``model`` computes, from weights without outliers.
 
     Args:
         model: folder of the original.
         out: folder to make; it must not exist, or be empty.
+        resume: take the place of an interrupted rotation of the same model, from its start.
         trust_remote_code: run Python code from the folder.
         **choices: ``residual`` and ``heads`` (``hadamard``, ``random`` or ``none``), ``untie``, ``dtype``, ``seed``; as
             the options of the command line.
@@ -127,7 +130,7 @@ def rotate(model: str | Path, *, out: str | Path, trust_remote_code: bool = Fals
     from mezzotint.pipeline.rotate import Rotations
     from mezzotint.pipeline.rotate import rotate as run
 
-    return run(Path(model), Path(out), Rotations(**choices), trust_remote_code=trust_remote_code)
+    return run(Path(model), Path(out), Rotations(**choices), resume=resume, trust_remote_code=trust_remote_code)
 
 
 def convert(folder: str | Path, form: str, *, out: str | Path, **options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mezzotint.errors import MezzotintError, RunError, WriteError
-from mezzotint.formats.folder import OutputFolder
+from mezzotint.formats.folder import MARKER, OutputFolder
 from mezzotint.models import open_model
 from mezzotint.pipeline.solve import Solver
 from pipeline.runs import TEXT, TINY_LLAMA, least_memory, quantized
@@ -134,10 +134,10 @@ def test_an_ignored_ctrl_c_stays_ignored(mezzotint: Run, tmp_path: Path, monkeyp
 def test_a_place_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish = OutputFolder.finish
 
-    def late(folder: OutputFolder) -> None:
+    def late(folder: OutputFolder, *arguments: Any, **options: Any) -> None:
         folder.path.mkdir()
         (folder.path / "mine").write_text("mine", encoding="utf-8")
-        finish(folder)
+        finish(folder, *arguments, **options)
 
     monkeypatch.setattr(OutputFolder, "finish", late)
     with pytest.raises(WriteError, match=r"was made by somebody else.*lies in .*out.partial: rename it"):
@@ -169,7 +169,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     names = {path.name for path in partial.iterdir()}
     assert "model.safetensors" in names
-    assert names == {"model.safetensors", "shards.written", "work"}
+    assert names == {MARKER, "model.safetensors", "shards.written", "work"}
     assert not any(path.name.startswith("spill-") for path in partial.rglob("*"))
     # even with the rest put beside them, the weights are none that anybody reads
     for name in ("config.json", "tokenizer.json"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.core.files import Entry, Format, Plan, TensorSpec
 from mezzotint.core.structure import Block, Matrix, ModelMap
-from mezzotint.formats.folder import write_json
+from mezzotint.formats.files import write_json
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.rounding.nearest import Nearest

@@ -196,18 +196,26 @@ def test_the_guard_keeps_what_is_better_on_held_out_text(tmp_path: Path, monkeyp
     assert 0 < losses["allocated"] < 5
 
 
-def test_nothing_is_left_of_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "kept"), [("allocated", False), ("compare", True)])
+def test_finished_candidates_are_kept_and_nothing_else_of_a_run_that_fails(
+    where: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mezzotint.pipeline import budgeted
 
     def broken(*_: Any, **__: Any) -> None:
         raise ConfigError("not today")
 
-    monkeypatch.setattr(budgeted, "compare", broken)
-    with pytest.raises(ConfigError, match="not today"):
-        quantize(
-            request_of(TINY_LLAMA, "gptq", bits=3.6, settings=ALLOCATING | {"allocation.guard": True}), tmp_path / "out"
-        )
-    assert list(tmp_path.iterdir()) == []
+    request = request_of(TINY_LLAMA, "gptq", bits=3.6, settings=ALLOCATING | {"allocation.guard": True})
+    with monkeypatch.context() as patched:
+        patched.setattr(budgeted, where, broken)
+        with pytest.raises(ConfigError, match="not today"):
+            quantize(request, tmp_path / "out")
+    if not kept:
+        assert list(tmp_path.iterdir()) == []
+        return
+    monkeypatch.setattr(budgeted.run, "quantize", None)  # both are there
+    quantize(request, tmp_path / "out", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_noise_is_another_way_to_the_same() -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import mezzotint
 from mezzotint.cli.app import app
 from mezzotint.errors import ConfigError, FormatError, OutputError
-from mezzotint.pipeline.convert import MARK
+from mezzotint.formats.folder import OutputFolder
 from mezzotint.pipeline.recipe import Rule, load_recipe
 from mezzotint.pipeline.source import open_packed
 from pipeline.runs import HELD_OUT, TINY_LLAMA, assert_same_tensors, quantized, tensors_of
@@ -194,7 +194,9 @@ def test_nothing_is_converted_from_nothing(tmp_path: Path) -> None:
         mezzotint.convert(TINY_LLAMA, "gpqt", out=tmp_path / "out")
 
 
-def test_a_failure_leaves_nothing_and_a_killed_conversion_is_made_anew(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_and_a_killed_conversion_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start, out = made("mezzotint", tmp_path / "start", {**UNIFORM, "grid.symmetric": True}), tmp_path / "out"
 
     def stop(done: int, _: int) -> None:
@@ -206,15 +208,15 @@ def test_a_failure_leaves_nothing_and_a_killed_conversion_is_made_anew(tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {"start"}
 
     partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "model.safetensors").write_bytes(b"half")
-    mark = {"folder": str(start), "format": "gptq", "engine": None}
-    (partial / MARK).write_text(json.dumps(mark))
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "discard", lambda _: None)  # as if it was killed
+        with pytest.raises(KeyboardInterrupt):
+            mezzotint.convert(start, "gptq", out=out, step=stop)
     with pytest.raises(OutputError, match="unfinished work"):
         mezzotint.convert(start, "gptq", out=out)
-    with pytest.raises(OutputError, match="other unfinished work"):
+    with pytest.raises(ConfigError, match=r'another request: format \(was "gptq", is "gptq-v2"\) changed'):
         mezzotint.convert(start, "gptq-v2", out=out, resume=True)
-    assert (partial / "model.safetensors").read_bytes() == b"half"
+    assert (partial / "model.safetensors").is_file()
     mezzotint.convert(start, "gptq", out=out, resume=True)
     assert_same_codes(out, start)
     assert not partial.exists()

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mezzotint.errors import ConfigError, MezzotintError, OutputError, VanishedError, WriteError
-from mezzotint.formats.folder import OutputFolder
-from mezzotint.models import open_model
+from mezzotint.errors import ConfigError, OutputError, VanishedError, WriteError
+from mezzotint.formats.folder import MARKER, OutputFolder, differences
 from mezzotint.pipeline import calibrate, resume, run, saved
-from mezzotint.pipeline.resume import differences
 from mezzotint.pipeline.saved import Saved, save
 from mezzotint.pipeline.solve import Solver
-from pipeline.killed import finished, killed
 from pipeline.runs import TEXT, assert_same_bits, quantized, tiny
 
 RECIPE = "loaq-gptq"
@@ -76,38 +72,6 @@ def assert_same(out: Path, whole: Path) -> None:
     for kind in ("linears", "blocks"):
         first, second = ([{**record, "seconds": 0} for record in report[kind]] for report in reports)
         assert first == second
-
-
-# ---- killed ---------------------------------------------------------------------------------------------------------
-
-
-def kill_and_finish(kills: int, seed: int, tmp_path: Path, **overrides: Any) -> None:
-    """Kill a run so many times, each time at a random moment of the time that a whole run takes."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    finished(whole, **overrides)
-    seconds = json.loads((whole / "mezzotint.json").read_text())["seconds"]
-    moments = random.Random(seed)
-    for _ in range(kills):
-        if not killed(out, moments.uniform(0, seconds), **overrides):
-            break
-        assert not out.exists()
-        if not (partial(out) / "mezzotint.json").exists():  # else it is complete, and only the rename is missing
-            with pytest.raises(MezzotintError):
-                open_model(partial(out))
-    if not out.exists():
-        finished(out, **overrides)
-    assert_same(out, whole)
-
-
-def test_three_kills(llama: Path, tmp_path: Path) -> None:
-    kill_and_finish(3, 0, tmp_path, model=llama)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("overrides", [{}, {"recipe": "qep-trellis", "bits": 2.5, "memory": 2**30}], ids=["", "spill"])
-def test_twenty_kills(seed: int, overrides: dict[str, Any], tmp_path: Path) -> None:
-    kill_and_finish(4, seed, tmp_path, **overrides)
 
 
 # ---- stopped at every place -----------------------------------------------------------------------------------------
@@ -184,7 +148,7 @@ def test_the_curvature_is_not_measured_again(llama: Path, tmp_path: Path, monkey
 
 
 def test_stopped_at_the_rename(llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(_: OutputFolder) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise _StoppedError
 
     with monkeypatch.context() as patched:
@@ -219,7 +183,7 @@ def test_an_allocation_with_two_candidates(llama: Path, tmp_path: Path) -> None:
 
     with pytest.raises(_StoppedError):
         quantized(llama, tmp_path / "out", "gptq", listener=listener, **options)
-    assert sorted(path.name for path in partial(tmp_path / "out").iterdir()) == ["allocated", "uniform.partial"]
+    assert {path.name for path in partial(tmp_path / "out").iterdir()} == {MARKER, "allocated", "uniform.partial"}
     quantized(llama, tmp_path / "out", "gptq", resume=True, **options)
     assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
     assert not partial(tmp_path / "out").exists()
@@ -345,7 +309,7 @@ def test_damaged_work_is_named(pattern: str, change: Callable[[bytearray], Any] 
 def test_a_full_disk_stops_and_resumes(
     what: str, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = {"shards": (os, "pwrite"), "streams": (saved, "sync_folder"), "state": (resume, "write_json")}
+    places = {"shards": (os, "pwrite"), "streams": (saved, "replacing"), "state": (resume, "write_json")}
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

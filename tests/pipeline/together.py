@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed
@@ -36,17 +37,21 @@ def _rank(number: int, size: int, folder: str, seconds: float, work: Work, argum
     os._exit(0)  # without goodbye to ranks that may be gone
 
 
+def started(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process, forked by a server that has imported everything and opened a model (`warm`)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.warm"])
+    process = context.Process(target=target, args=arguments)
+    # the server does not take over sys.path (CPython 3.11)
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(Path(__file__).parents[1])}):
+        process.start()
+    return process
+
+
 def together(size: int, work: Work, *arguments: Any, seconds: float = 60) -> list[Any]:
     """What every rank makes of ``work(ranks, *arguments)``: its result, its exception, or None where it died."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mezzotint.pipeline.run", "pipeline.together"])
     with TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_rank, args=(number, size, folder, seconds, work, arguments))
-            for number in range(size)
-        ]
-        for process in processes:
-            process.start()
+        processes = [started(_rank, number, size, folder, seconds, work, arguments) for number in range(size)]
         for process in processes:
             process.join(300)
             assert process.exitcode is not None, "a rank hangs"

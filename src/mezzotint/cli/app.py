@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import IntEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,6 +167,9 @@ def finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
     except MezzotintError as error:
         _say(f"[bold red]error:[/bold red] {tables.escape(str(error))}", error)
         raise typer.Exit(Exit.FAILED if isinstance(error, RunError) else Exit.WRONG_REQUEST) from None
+    if leads():
+        for warning in result.get("warnings", ()):
+            errors.print(f"[yellow]warning:[/yellow] {tables.escape(warning)}")
     if as_json and leads():
         sys.stdout.write(json.dumps(result) + "\n")
 
@@ -184,4 +188,6 @@ def _say(line: str, error: BaseException) -> None:
 
 def main() -> None:
     """Entry point of the ``mezzotint`` command."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a name of a file that is not UTF-8 ends no command that shows it
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -77,8 +77,8 @@ def evaluate(
             raise ConfigError("nothing to measure. Give --text FILE, --tasks NAMES, or both.")
         _idle("--text", text, {"--seqlen": seqlen, "--windows": windows, "--cache": cache})
         _idle("--tasks", tasks, {"--task-path": task_path or None, "--limit": limit, "--shots": shots})
-        if keep_results and not model.is_dir():
-            raise ConfigError(f"--keep-results writes into {str(model)!r}, which is no folder. Leave it out.")
+        if keep_results:
+            _check_results(model)
         common: dict[str, Any] = {
             "against": against,
             "device": resolve_device(device),
@@ -177,6 +177,20 @@ def compare(
         return {"folders": [one.figures() for one in found], "differences": [pair.figures() for pair in pairs]}
 
     finish(work, as_json)
+
+
+def _check_results(folder: Path) -> None:
+    """Refuse before the work to add to results that cannot be read.
+
+    Raises:
+        ConfigError: there is no folder.
+        ModelError: the results in it are damaged.
+    """
+    from mezzotint.pipeline.results import read_results
+
+    if not folder.is_dir():
+        raise ConfigError(f"--keep-results writes into {str(folder)!r}, which is no folder. Leave it out.")
+    read_results(folder)
 
 
 def _told(

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from mezzotint.cli import tables
-from mezzotint.cli.app import app, errors, finish
+from mezzotint.cli.app import Resume, app, errors, finish
 from mezzotint.cli.options import Json, Model, Trust
 
 Kind = "hadamard, random or none."
@@ -31,6 +31,7 @@ def rotate(
         str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the model's own if left out.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the rotations.")] = 0,
+    resume: Resume = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def rotate(
 
         choices = Rotations(residual=residual, heads=heads, untie=untie, dtype=dtype, seed=seed)
         with tables.bar(errors, "comparing") as progress:
-            result = run(model, out, choices, trust_remote_code=trust_remote_code, step=progress)
+            result = run(model, out, choices, resume=resume, trust_remote_code=trust_remote_code, step=progress)
         if not as_json:
             Console().print(
                 f"{result['out']}: {result['output_bytes'] / 2**20:.1f} MiB. Before rounding to the stored dtype, "

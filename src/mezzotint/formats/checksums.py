@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import FormatError
-from mezzotint.formats.folder import write_json
+from mezzotint.formats.files import write_json
 
 FILE = "mezzotint.checksums.json"
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from gguf import GGUFWriter, LlamaFileType
@@ -13,8 +13,11 @@ from torch import Tensor
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
 from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
-from mezzotint.formats import checksums, gguf_model, gguf_tokens
-from mezzotint.formats.gguf_file import CHECKSUMS, GgufFile, Outgoing, write_gguf
+from mezzotint.formats import gguf_model, gguf_tokens
+from mezzotint.formats.files import replaced
+from mezzotint.formats.folder import WEIGHTS
+from mezzotint.formats.gguf_file import CHECKSUMS, GgufFile, Outgoing, check_metadata, write_gguf
+from mezzotint.formats.made import remove_made
 from mezzotint.formats.native import CHECKSUM, Native
 from mezzotint.formats.targets import module_of
 from mezzotint.grids.gguf import GgufGrid
@@ -89,11 +92,19 @@ class Gguf:
         """Refuse a model that llama.cpp would not run, or not run alike.
 
         Raises:
-            FormatError: its architecture, a tensor or its tokenizer has no counterpart.
+            FormatError: its architecture, a tensor or its tokenizer has no counterpart, or its metadata cannot be
+                written.
         """
         architecture = gguf_model.architecture_of(config)
         gguf_model.tensor_names(architecture, config, names)
         gguf_tokens.tokenizer_kind(gguf_tokens.read_tokenizer(folder))
+        writer = GGUFWriter(None, architecture.name)  # what `finish` will write, which is too late to find faults in
+        try:
+            gguf_model.describe_model(writer, architecture, config)
+        except KeyError as error:
+            raise FormatError(f"the model's config.json says nothing of {error}, which GGUF metadata has.") from error
+        gguf_tokens.describe_tokenizer(writer, folder, cast(int, config["vocab_size"]))
+        check_metadata(writer)
 
     def specs(
         self, matrix: Matrix, grid: Grid, dtype: torch.dtype, transform: Transform | None = None
@@ -126,9 +137,10 @@ class Gguf:
             FormatError: a tensor is damaged.
         """
         grids = {model.matrices[entry.matrix].sources[0]: entry.grid for entry in plan.entries}
-        export(folder, folder / FILE, config, grids)
-        for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json", folder / checksums.FILE):
-            path.unlink(missing_ok=True)
+        if not (folder / FILE).exists():  # else a run was killed while it removed them
+            with replaced(folder / FILE) as temporary:
+                export(folder, temporary, config, grids)
+        remove_made(folder, WEIGHTS)
         return (folder / FILE).stat().st_size
 
 

@@ -6,6 +6,7 @@ last metadata entry, `CHECKSUMS`, which other readers skip.
 """
 
 import math
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 23
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Outgoing(NamedTuple):
@@ -85,6 +87,22 @@ def write_gguf(path: Path, arch: str, describe: Callable[[GGUFWriter], None], te
         header = zlib.crc32(file.read(_data_start(path) - end), header)
         file.seek(start)
         file.write(struct.pack(f"<{count}I", header, *found))
+
+
+def check_metadata(writer: GGUFWriter) -> None:
+    """Refuse texts that a file cannot hold, before anything is written.
+
+    Raises:
+        FormatError: names the entry.
+    """
+    for entries in writer.kv_data:
+        for key, entry in entries.items():
+            for text in entry.value if isinstance(entry.value, list) else [entry.value]:
+                if isinstance(text, str) and _SURROGATE.search(text):
+                    raise FormatError(
+                        f"{text[:60]!r} in {key!r} holds a lone surrogate, which a GGUF file cannot. Remove it from "
+                        "the tokenizer or the chat template, or choose another format."
+                    )
 
 
 def _data_start(path: Path) -> int:

@@ -22,7 +22,7 @@ from mezzotint.core.dtypes import SAFETENSORS_NAMES
 from mezzotint.core.files import TensorSpec
 from mezzotint.errors import OutputError, VanishedError
 from mezzotint.formats.checksums import write_checksums
-from mezzotint.formats.folder import no_space, sync_folder, write_json
+from mezzotint.formats.files import no_space, sync_folder, write_json
 
 JOURNAL = "shards.written"
 _CHUNK = 1 << 23

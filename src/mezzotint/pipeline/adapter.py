@@ -10,12 +10,13 @@ from torch import Tensor
 from mezzotint.core.contracts import Matrix
 from mezzotint.core.files import Entry
 from mezzotint.errors import ConfigError
-from mezzotint.formats.folder import write_json
+from mezzotint.formats.files import replaced, write_json
 from mezzotint.pipeline.saved import Saved
 from mezzotint.pipeline.solve import Solved, trusted
 from mezzotint.submodules.lora import Factors, Lora
 
 FOLDER = "adapter"
+NAMES = (f"{FOLDER}/adapter_config.json", f"{FOLDER}/adapter_model.safetensors")
 _STORED = torch.bfloat16
 _PREFIX = "base_model.model."
 
@@ -51,9 +52,11 @@ class Adapter:
         return solved.value + Factors(*(part.to(solved.value) for part in stored)).change
 
     def write(self, folder: Path, base: str) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder."""
+        """Write `NAMES` into the output folder."""
+        folder = folder / FOLDER
         folder.mkdir(exist_ok=True)  # of a process that was killed behind this
-        save_file(self._tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with replaced(folder / "adapter_model.safetensors") as temporary:
+            save_file(self._tensors, temporary, metadata={"format": "pt"})
         ranks = {module: self._tensors[f"{_PREFIX}{module}.lora_A.weight"].shape[0] for module in self._modules}
         rank = max(ranks.values())
         write_json(

@@ -1,20 +1,19 @@
 """`run` for every request: where a recipe leaves the bits to a budget, they are allocated first."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mezzotint.errors import ConfigError, WriteError
-from mezzotint.formats.folder import OutputFolder, write_json
-from mezzotint.pipeline import run
+from mezzotint.errors import ConfigError
+from mezzotint.formats.folder import MARKER, OutputFolder, partial_of
+from mezzotint.pipeline import adapter, run
 from mezzotint.pipeline.allocate import Allocated, allocated
 from mezzotint.pipeline.calibrate import calibration_windows
-from mezzotint.pipeline.card import write_card
 from mezzotint.pipeline.command import command_of
 from mezzotint.pipeline.costs import CalibrationPlan
+from mezzotint.pipeline.ending import Ending
 from mezzotint.pipeline.evaluate import compare
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.ranks import Ranks, ranks_of
@@ -23,8 +22,9 @@ from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.resume import STATE
 from mezzotint.pipeline.run import Listener, Progress
-from mezzotint.pipeline.source import local_folder, open_original
+from mezzotint.pipeline.source import open_original
 
+_CANDIDATES = ("allocated", "uniform")
 _PATIENCE = timedelta(days=2)  # of ranks that wait for the first one's prices and measurements
 
 
@@ -68,27 +68,56 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
 
 def _guarded(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
     """The better one of the candidates; the first rank allocates and measures, all of them quantize."""
-    folder = found = None
+    place = ending = found = None
+    inside = partial_of(out)
+    with ranks.led():
+        if ranks.first:
+            place = OutputFolder(out, resume=resume)
+            original = open_original(request.model, trust_remote_code=request.trust_remote_code)
+            ending = Ending(original.folder, trusted=request.trust_remote_code)
+            place.begin("quantize", _makes(ending), _identity(request))
+    if ranks.told(place is not None and place.complete is not None):  # only the last rename was missing
+        return ranks.told(None if place is None else _placed(place, out, read_report(place.result)))
     try:
         with ranks.led():
             if ranks.first:
-                folder = OutputFolder(out, resume=resume)
                 found = _allocated(request, listener)
         candidates = _candidates(request, found, ranks)
-        inside = out.absolute().with_name(out.name + ".partial")
         reports = {name: _made(one, inside / name, listener, resume, ranks) for name, one in candidates.items()}
         with ranks.led():
-            report = {} if found is None else _decided(request, found, reports, inside)
-    except BaseException:
-        if folder is not None and not folder.resumed and next(folder.partial.rglob(STATE), None) is None:
-            shutil.rmtree(folder.partial, ignore_errors=True)
+            report = {}
+            if found is not None and ending is not None:
+                report = _decided(request, found, reports, inside, ending)
+    except BaseException as error:
+        if any((inside / name).is_dir() for name in _CANDIDATES):
+            error.add_note(f"Finished candidates lie in {inside}; the same command with --resume goes on from them.")
+        elif place is not None and not place.resumed and next(inside.rglob(STATE), None) is None:
+            place.discard()
         raise
-    if folder is not None:
-        try:
-            folder.finish(report["allocation"]["kept"])
-        except OSError as error:  # the result is complete, and stays where the message says
-            raise WriteError(str(error)) from error
-    return ranks.told({**report, "out": str(out)})
+    return ranks.told(None if place is None else _placed(place, out, report))
+
+
+def _placed(place: OutputFolder, out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Give the folder that stays its name."""
+    place.finish({}, inner=report["allocation"]["kept"])
+    return {**report, "out": str(out)}
+
+
+def _makes(ending: Ending) -> list[str]:
+    """Names of all that is made: folders of candidates, finished or not, and what the original gives on their text."""
+    names = [*run.makes_of("gguf"), *adapter.NAMES, *ending.names, MARKER]  # of every format
+    folders = [f"{name}{suffix}" for name in _CANDIDATES for suffix in ("", ".partial")]
+    return [*(f"{folder}/{name}" for folder in folders for name in names), "states/*.safetensors", "states/*.partial"]
+
+
+def _identity(request: Request) -> dict[str, Any]:
+    """What the candidates are made from; each of them is checked as any run is."""
+    return {
+        "recipe": request.recipe.model_dump(mode="json"),
+        "seed": request.seed,
+        "engine": request.engine,
+        "format": request.format,
+    }
 
 
 def _candidates(request: Request, found: Allocated | None, ranks: Ranks) -> dict[str, Request]:
@@ -104,7 +133,9 @@ def _candidates(request: Request, found: Allocated | None, ranks: Ranks) -> dict
     }
 
 
-def _decided(request: Request, found: Allocated, reports: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+def _decided(
+    request: Request, found: Allocated, reports: Mapping[str, dict[str, Any]], folder: Path, ending: Ending
+) -> dict[str, Any]:
     """The report of the candidate that stays, with what was decided on; written in its place."""
     evidence = found.as_json()
     kept = "allocated"
@@ -117,9 +148,7 @@ def _decided(request: Request, found: Allocated, reports: Mapping[str, dict[str,
     calibration = report["plan"]["calibration"]
     name = folder.name.removesuffix(".partial")
     report["command"] = command_of(request, calibration and CalibrationPlan(**calibration), name)
-    write_json(folder / kept / REPORT_NAME, report)
-    write_card(folder / kept, local_folder(request.model))
-    return report
+    return ending.write_report(folder / kept, report)
 
 
 def _made(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
@@ -148,7 +177,7 @@ def _measured(found: Allocated, folder: Path) -> dict[str, float]:
     assert planned.calibration is not None
     _, held_out = calibration_windows(source, planned.calibration, request, lambda *_: None).split(seed=request.seed)
     losses = {}
-    for name in ("allocated", "uniform"):
+    for name in _CANDIDATES:
         result = compare(
             folder / name,
             request.model,

@@ -1,22 +1,24 @@
 """The model card: README.md of an output folder, as the hub shows it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mezzotint.errors import WriteError
+from mezzotint.formats.files import write_bytes
 from mezzotint.pipeline.command import recipe_yaml
-from mezzotint.pipeline.report import read_report
 from mezzotint.pipeline.results import read_results
 
 CARD_NAME = "README.md"
 _START, _END = "<!-- measured -->", "<!-- /measured -->"
 _MEASURED = re.compile(f"(?<={_START}\n).*?(?={_END})", re.DOTALL)
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_LONGEST_FRONT = 1 << 20  # characters of front matter that are read; cards with thousands of results have a tenth of it
 _LEGAL = ("license", "license_name", "license_link", "language")  # what a derived model passes on
+_EVENTS = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
 
 _TRANSFORMERS = """In transformers:
 
@@ -96,19 +98,8 @@ _LOADING = {
 }
 
 
-def write_card(folder: Path, original: Path) -> None:
-    """Write the card of a finished folder from its report.
-
-    Args:
-        folder: has ``mezzotint.json``.
-        original: whose own card says under which licence it is.
-    """
-    report = read_report(folder)
-    (folder / CARD_NAME).write_text(card_of(report, read_results(folder), _front_matter(original)), encoding="utf-8")
-
-
 def update_card(folder: Path) -> None:
-    """Bring what was measured up to date in a card that `write_card` wrote; any other stays as it is.
+    """Bring what was measured up to date in a card that we wrote; any other stays as it is.
 
     Raises:
         WriteError: it cannot be written.
@@ -116,12 +107,13 @@ def update_card(folder: Path) -> None:
     path = folder / CARD_NAME
     if not path.is_file():
         return
-    text = path.read_text(encoding="utf-8")
+    # somebody may have edited it, in another encoding: what is not understood stays as it is
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
     changed = _MEASURED.sub(lambda _: _measured(read_results(folder)), text)
     if changed == text:
         return
     try:
-        path.write_text(changed, encoding="utf-8")
+        write_bytes(path, changed.encode("utf-8", errors="surrogateescape"))
     except OSError as error:
         raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Evaluate without --keep-results.") from error
 
@@ -233,16 +225,62 @@ def _recipe(report: Mapping[str, Any]) -> str:
     )
 
 
-def _front_matter(folder: Path) -> dict[str, Any]:
-    """Of the card in a folder."""
+def legal_front_matter(folder: Path) -> tuple[dict[str, str | list[str]], str | None]:
+    """What the card of a model says about its licence and languages, and a warning where that cannot be told.
+
+    The card is of somebody else's making. So only these entries are looked at, as text, and the rest is passed over
+    event by event: no value is built, and no depth is too deep.
+    """
     path = folder / CARD_NAME
-    if not path.is_file():
-        return {}
-    found = _FRONT.match(path.read_text(encoding="utf-8", errors="replace"))
-    if found is None:
-        return {}
     try:
-        values = yaml.safe_load(found[1])
-    except yaml.YAMLError:  # of somebody else's making; the card works without it
-        return {}
-    return values if isinstance(values, dict) else {}
+        if not path.is_file():
+            return {}, None
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_LONGEST_FRONT)
+    except OSError as error:
+        return {}, _no_legal(path, f"it cannot be read ({error.strerror})")
+    found = _FRONT.match(text)
+    if found is None:
+        return {}, _no_legal(path, "its front matter is too long") if len(text) == _LONGEST_FRONT else None
+    try:
+        return _legal(yaml.parse(found[1], _EVENTS)), None
+    except yaml.YAMLError as error:
+        return {}, _no_legal(path, f"its front matter is no YAML ({' '.join(str(error).split())})")
+
+
+def _no_legal(path: Path, why: str) -> str:
+    return f"The card names no licence, because {path} does not tell it: {why}. Add it to {CARD_NAME} of the output."
+
+
+def _legal(events: Iterable[yaml.Event]) -> dict[str, str | list[str]]:
+    """The entries of `_LEGAL` in a mapping, where they are texts or lists of texts."""
+    nodes = _parts(events)
+    return {str(key): value for key, value in zip(nodes, nodes, strict=False) if key in _LEGAL and value is not None}
+
+
+def _parts(events: Iterable[yaml.Event]) -> Iterator[str | list[str] | None]:
+    """Keys and values of a mapping in turn: a text, a list of texts, or None for anything else."""
+    depth, items = 0, None
+    for event in events:
+        if isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            if depth == 1:
+                yield items
+        elif isinstance(event, yaml.NodeEvent):
+            starts = isinstance(event, yaml.CollectionStartEvent)
+            if depth == 0 and not isinstance(event, yaml.MappingStartEvent):
+                return
+            if depth == 1 and starts:
+                items = [] if isinstance(event, yaml.SequenceStartEvent) else None
+            elif depth == 1:
+                yield _text(event)
+            elif depth == 2 and items is not None:
+                text = _text(event)
+                items = None if text is None else [*items, text]
+            depth += starts
+
+
+def _text(event: yaml.NodeEvent) -> str | None:
+    if not isinstance(event, yaml.ScalarEvent) or (event.implicit[0] and event.value in ("", "~", "null")):
+        return None
+    return event.value

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,22 +13,25 @@ from torch import Tensor
 
 from mezzotint.core.contracts import Matrix, QuantizedWeight
 from mezzotint.core.files import Entry, Format, PackedWeight, Plan, TensorSpec
-from mezzotint.errors import ConfigError, FormatError, OutputError, WriteError
-from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
+from mezzotint.errors import ConfigError, FormatError, MezzotintError, ModelError, WriteError
+from mezzotint.formats.folder import OutputFolder
 from mezzotint.formats.gguf import FILE
 from mezzotint.formats.loading import ANY, engines
 from mezzotint.formats.regrid import INTEGERS, as_integers
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.models import Source
+<<<<<<< HEAD
 from mezzotint.pipeline.card import write_card
 from mezzotint.pipeline.format import stored_bits
 from mezzotint.pipeline.plan import matrices_in_order
+=======
+from mezzotint.pipeline.ending import Ending, names_of_tensors
+from mezzotint.pipeline.plan import matrices_in_order, stored_bits
+>>>>>>> storage
 from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import check_engine
 from mezzotint.pipeline.source import open_packed
 from mezzotint.registry import FORMATS, ROUNDINGS, TARGETS
-
-MARK = "mezzotint.convert.json"  # in unfinished work: what is being made of what
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,37 +81,44 @@ def convert(
     Raises:
         ConfigError: an unknown format or engine, or nothing to convert.
         FormatError: the format cannot hold a matrix, or the engine cannot load it; a tensor is damaged.
+        ModelError: a file that goes along, or the report, cannot be read.
         OutputError: the place is taken, or the disk is full.
+        WriteError: the disk failed; where the result is complete, it stays, and ``resume`` moves it to its place.
     """
     started = time.perf_counter()
     check_engine(engine, form)
     made = _planned(folder, form, engine, trust_remote_code=trust_remote_code)
-    check_space(out, made.plan.bytes * made.form.copies)
     place = OutputFolder(out, resume=resume)
-    _mark(place, {"folder": str(folder.absolute()), "format": form, "engine": engine})
-    before = _format_of(folder)
-    try:
-        size = _write(made, place.partial, trust_remote_code=trust_remote_code, step=step)
-        report = _report(folder, made, before=before, size=size, out=out.name)
-        if report is not None:
-            write_json(place.partial / REPORT_NAME, report)
-            write_card(place.partial, folder)
-        (place.partial / MARK).unlink()
-        place.finish()
-    except BaseException as error:
-        if place.partial.exists():  # nothing in it is worth keeping: it takes seconds to make
-            shutil.rmtree(place.partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            raise WriteError(str(error)) from error
-        raise
-    return {
-        "out": str(out),
-        "from": before,
-        "format": form,
-        "seconds": time.perf_counter() - started,
-        "output_bytes": size,
-        "matrices": len(made.plan.entries),
-    }
+    ending = Ending(made.source.folder, trusted=trust_remote_code)
+    before, config = _format_of(folder), _config(made, ending)
+    ending.rehearse(config, None)
+    _check_report(folder, made, ending, before=before)
+    identity = {"folder": str(folder.absolute()), "files": ending.stamps(), "format": form, "engine": engine}
+    place.begin("convert", names_of_tensors(form), identity, needed=made.plan.bytes * made.form.copies)
+    result = place.complete
+    if result is None:
+        try:
+            place.clear()
+            size = _write(made, place, config, ending, step)
+            report = _report(folder, made, before=before, size=size, out=out.name)
+            if report is not None:
+                ending.write_report(place.partial, report)
+        except BaseException as error:
+            place.discard()  # nothing in it is worth keeping: it takes seconds to make
+            if isinstance(error, OSError) and not isinstance(error, MezzotintError):
+                raise WriteError(str(error)) from error
+            raise
+        result = {
+            "out": str(out),
+            "from": before,
+            "format": form,
+            "seconds": time.perf_counter() - started,
+            "output_bytes": size,
+            "matrices": len(made.plan.entries),
+            **({"warnings": ending.warnings} if ending.warnings else {}),
+        }
+    place.finish(result)
+    return dict(result)
 
 
 def _planned(folder: Path, name: str, engine: str | None, *, trust_remote_code: bool) -> _Conversion:
@@ -199,23 +208,28 @@ def _specs(source: Source, form: Format, entries: list[Entry], dtype: torch.dtyp
     return tuple(specs)
 
 
-def _mark(place: OutputFolder, what: Mapping[str, object]) -> None:
-    """Say in the unfinished folder what it will be; an interrupted conversion of the same is made anew."""
-    mark = place.partial / MARK
-    if place.resumed:
-        found = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
-        if found != what:
-            raise OutputError(
-                f"{place.partial} holds other unfinished work than this conversion. Remove it or choose another --out."
-            )
-        shutil.rmtree(place.partial)
-        place.partial.mkdir()
-    write_json(mark, what)
+def _config(made: _Conversion, ending: Ending) -> dict[str, Any]:
+    """The source's config.json, for the format."""
+    config = ending.config()
+    config.pop("quantization_config", None)
+    if made.dtype != _dtype(made.source, made.packed):
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(made.dtype).removeprefix("torch.")
+    quantization = made.form.config(made.plan, made.source.map)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    return config
 
 
-def _write(made: _Conversion, folder: Path, *, trust_remote_code: bool, step: Callable[[int, int], None]) -> int:
+def _write(
+    made: _Conversion,
+    place: OutputFolder,
+    config: Mapping[str, Any],
+    ending: Ending,
+    step: Callable[[int, int], None],
+) -> int:
     """Fill the unfinished folder; gives the bytes of its tensors."""
-    source, plan, form = made.source, made.plan, made.form
+    source, plan, form, folder = made.source, made.plan, made.form, place.partial
     with ShardWriter(folder, made.specs) as writer:
         for done, entry in enumerate(plan.entries):
             matrix = source.map.matrices[entry.matrix]
@@ -233,16 +247,8 @@ def _write(made: _Conversion, folder: Path, *, trust_remote_code: bool, step: Ca
                 writer.put(name, source.checkpoint.checkpoint.read(name).to(by_name[name].dtype))
             else:
                 writer.copy(name, info.path, info.offset)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    if made.dtype != _dtype(source, made.packed):
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(made.dtype).removeprefix("torch.")
-    quantization = form.config(plan, source.map)
-    if quantization is not None:
-        config["quantization_config"] = dict(quantization)
-    write_json(folder / "config.json", config)
-    copy_companions(source.folder, folder, trusted=trust_remote_code)
+    place.announce(ending.names)
+    ending.write_config(folder, config)
     return form.finish(folder, source.config.to_dict(), plan, source.map)
 
 
@@ -263,6 +269,22 @@ def _format_of(folder: Path) -> str:
         return "gguf"
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     return "gptq-v2" if found.get("checkpoint_format") == "gptq_v2" else found["quant_method"]
+
+
+def _check_report(folder: Path, made: _Conversion, ending: Ending, *, before: str) -> None:
+    """Render report and card once: a report that somebody has edited may lack what they are made of.
+
+    Raises:
+        ModelError: they cannot be made of it.
+    """
+    try:
+        report = _report(folder, made, before=before, size=0, out="")
+        ending.rehearse({}, report)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{str(folder / REPORT_NAME)!r} is no report of mezzotint ({type(error).__name__}: {error}). Remove it "
+            "to convert without a report, or quantize again."
+        ) from error
 
 
 def _report(folder: Path, made: _Conversion, *, before: str, size: int, out: str) -> dict[str, Any] | None:

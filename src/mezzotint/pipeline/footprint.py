@@ -3,7 +3,7 @@
 import json
 
 from mezzotint.core.dtypes import SAFETENSORS_NAMES
-from mezzotint.formats.folder import companions
+from mezzotint.formats.companions import companions
 from mezzotint.formats.gguf import Gguf, kept_bytes
 from mezzotint.models import Source
 from mezzotint.pipeline.plan import Planned
@@ -18,7 +18,8 @@ def other_bytes(source: Source, planned: Planned) -> int:
     """Everything in the folder but the tensors of the quantized matrices; of a GGUF file no more than this."""
     layout, config = planned.layout, source.folder / "config.json"
     quantization = planned.form.config(planned.plan, source.map)
-    files = [path.stat().st_size for path in companions(source.folder, trusted=planned.request.trust_remote_code)]
+    names = companions(source.folder, trusted=planned.request.trust_remote_code)
+    files = [(source.folder / name).stat().st_size for name in names]
     if isinstance(planned.form, Gguf):
         beside = kept_bytes(source.folder, source.config.to_dict(), layout.specs)
     else:

@@ -27,7 +27,10 @@ class Elsewhere:
     def checkpoint(self) -> None:
         """There is no journal here."""
 
-    def release(self) -> None:
+    def complete(self) -> None:
+        """There is nothing to copy."""
+
+    def close(self) -> None:
         """There are no files."""
 
 
@@ -88,27 +91,30 @@ class Output:
             ).items():
                 self._writer.put(name, value.to(self._source.checkpoint.tensors[name].dtype).contiguous())
 
+<<<<<<< HEAD
     def copy_rest(self) -> None:
         """Copy every tensor that nothing has replaced, byte for byte."""
         missing, checkpoint = set(self._writer.missing), self._source.checkpoint
         # a bound may be infinite
         buffers = (name for name, _ in self._source.skeleton.named_buffers() if checkpoint.holds(name))
         unchecked = {name for buffer in buffers for name in checkpoint.sources(buffer)}
+=======
+    def complete(self) -> None:
+        """Copy every tensor that nothing has replaced, byte for byte; check that everything is there, and sync."""
+        missing = set(self._writer.missing)
+>>>>>>> storage
         for name in (name for name in self._planned.layout.copied if name in missing):
             info = self._source.checkpoint.tensors[name]
             if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES and name not in unchecked:
                 check_finite(name, self._source.checkpoint.checkpoint.read(name))
             self._writer.copy(name, Path(info.path), info.offset)
+        self._writer.close()
 
     def checkpoint(self) -> int | None:
         """Record durably what is written, and give the journal's length; None while matrices wait for others."""
         return None if self._waiting else self._writer.checkpoint()
 
     def close(self) -> None:
-        """Check that everything was written, and sync."""
-        self._writer.close()
-
-    def release(self) -> None:
         """Close the files as they are, finished or not."""
         self._writer.release()
 

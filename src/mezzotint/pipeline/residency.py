@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -45,17 +45,27 @@ class _Place(NamedTuple):
 
 
 @contextmanager
+<<<<<<< HEAD
 def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list[Any]]:
     """Stores and, last, a shelf with a budget together, and a folder of their own for what does not fit.
+=======
+def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list["Store"]]:
+    """Stores with a budget together, and files for what does not fit.
+>>>>>>> storage
 
     Args:
         count: of stores.
         memory: bytes that they may hold; None is no limit.
-        folder: to make it in; None is the system's.
+        folder: of the files, which have no name in it; None is the system's, where they get a folder of their own.
     """
     budget = Budget(memory)
+<<<<<<< HEAD
     with TemporaryDirectory(prefix="mezzotint-", dir=folder) as own:
         stores = [*(Store(budget, Path(own)) for _ in range(count)), Shelf(budget, Path(own))]
+=======
+    with TemporaryDirectory(prefix="mezzotint-") if folder is None else nullcontext(folder) as own:
+        stores = [Store(budget, Path(own)) for _ in range(count)]
+>>>>>>> storage
         try:
             yield stores
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 from mezzotint.errors import ModelError, WriteError
 from mezzotint.evaluation import Evaluation, WindowSums
 from mezzotint.evaluation.tasks import TaskScore
-from mezzotint.formats.folder import write_json
+from mezzotint.formats.files import write_json
 
 RESULTS_NAME = "mezzotint.evaluation.json"
 
@@ -24,9 +24,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"texts": {}, "tasks": {}}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{str(path)!r} is no JSON ({error}); remove it and evaluate again.") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(kind), dict) for kind in ("texts", "tasks")):
+        raise ModelError(f"{str(path)!r} has no 'texts' and 'tasks' as mezzotint writes them; remove it.")
+    return found
 
 
 def keep_results(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,9 @@ import transformers
 from torch import Tensor
 
 from mezzotint.errors import ConfigError, WriteError
-from mezzotint.formats.folder import write_json
+from mezzotint.formats.files import write_json
+from mezzotint.formats.folder import OutputFolder, another_request
+from mezzotint.formats.made import remove_made
 from mezzotint.models import Source
 from mezzotint.pipeline.plan import Planned
 from mezzotint.pipeline.ranks import ALONE, Ranks
@@ -28,6 +29,10 @@ from mezzotint.pipeline.sweep import BlockRecord
 WORK = "work"
 LOG = "log.jsonl"
 STATE = "state.json"
+_BY_BLOCK = ("streams-[0-9]*.bin", "values-[0-9]*.bin", "adapter-[0-9]*.bin")
+_TENSORS = ("windows.bin", "windows-again.bin", "curvature.bin", *_BY_BLOCK)
+_SPILLED = ("spill-*", ".nfs*")  # of a process that was killed before it took the name away; of a server of files
+MAKES = tuple(f"{WORK}/{name}" for name in (LOG, STATE, *_TENSORS, *_SPILLED))
 OVERHEAD = 0.05  # of the time of a run that saving its state may take
 _CHUNK = 1 << 23
 _KINDS = {"linear": MatrixRecord, "block": BlockRecord}
@@ -43,8 +48,7 @@ class Work:
 
     Args:
         folder: of the unfinished output.
-        identity: what determines the result, see `identity_of`; the first rank's counts.
-        resume: continue from the state that lies there, if there is one.
+        place: the same on the first rank, begun; continued if there is a state in it, else emptied.
         ranks: that share the run.
 
     Attributes:
@@ -54,44 +58,34 @@ class Work:
         resumed: there was a state.
 
     Raises:
-        ConfigError: another model, recipe, text or seed than the run that is to be continued.
         OutputError: the state is damaged.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any] | None, *, resume: bool, ranks: Ranks = ALONE) -> None:
+    def __init__(self, folder: Path, place: OutputFolder | None, *, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
         self.folder = folder / WORK
         self.block = 0
         self.records: list[MatrixRecord | BlockRecord] = []
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}
-        self._state: dict[str, Any] = {
-            "identity": identity,
-            "windows": None,
-            "curvature": None,
-            "streams": [],
-            "values": [],
-            "adapter": [],
-        }
+        self._state: dict[str, Any] = {"windows": None, "curvature": None, "streams": [], "values": [], "adapter": []}
         self._log_checksum = 0
-        self.resumed = False
-        if ranks.first:
-            self._open(folder, identity or {}, resume=resume)
-
-    def _open(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.resumed = resume and (self.folder / STATE).is_file()
+        self._place = place
+        self.resumed = place is not None and place.resumed and (self.folder / STATE).is_file()
         if self.resumed:
-            self._load(identity)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            (self.folder / LOG).touch()
+            self._load()
 
     def tell(self) -> None:
-        """Let all ranks know where the run stands.
+        """Let all ranks know where the run stands; from here on there is something in the folder.
 
         Raises:
             ConfigError: a rank does not see the folder.
         """
+        if self.resumed:
+            remove_made(self.folder, _SPILLED)
+        elif self._place is not None:  # an earlier run was killed before there was anything to continue
+            self._place.clear()
+            self.folder.mkdir()
+            (self.folder / LOG).touch()
         self.resumed, self._state, self.block, self.spent = self.ranks.told(
             [self.resumed, self._state, self.block, self.spent]
         )
@@ -108,9 +102,9 @@ class Work:
         return self._state.get("journal_bytes")
 
     @property
-    def complete(self) -> bool:
-        """Everything is written, the report too."""
-        return self._state.get("complete", False)
+    def closed(self) -> bool:
+        """All tensors are written, and their files closed."""
+        return self._state.get("closed", False)
 
     @property
     def windows(self) -> Saved | None:
@@ -156,7 +150,7 @@ class Work:
         index = save(self.folder / "windows-again.bin", tensors.items())
         (self.folder / "windows-again.bin").unlink()
         if index["tensors"] != self._state["windows"]["tensors"]:
-            raise _changed([f"the calibration text from {source!r}"], self.folder.parent)
+            raise another_request([f"the calibration text from {source!r}"], self.folder.parent)
 
     def begin(self) -> None:
         """Forget what was logged behind the state: from here on there is something to add."""
@@ -184,7 +178,7 @@ class Work:
 
         Args:
             block: the first that is not finished.
-            **changes: of the state: ``journal_bytes``, ``streams``, ``values``, ``spent``.
+            **changes: of the state: ``journal_bytes``, ``streams``, ``values``, ``spent``, ``closed``.
 
         Raises:
             WriteError: the disk is full; the state before stays.
@@ -202,10 +196,8 @@ class Work:
         except OSError as error:
             raise WriteError(f"cannot save the state of the run: {error}. Free some space.") from error
         self._state, self.block = state, block
-        named = {STATE, LOG, *(index["file"] for index in self._files())}
-        for path in self.folder.iterdir():
-            if path.name not in named:
-                path.unlink()
+        named = {index["file"] for index in self._files()}
+        remove_made(self.folder, _TENSORS, but=named)
 
     def _files(self) -> Iterable[Index]:
         return [
@@ -213,7 +205,7 @@ class Work:
             *(i for kind in ("streams", "values", "adapter") for i in self._state[kind]),
         ]
 
-    def _load(self, identity: Mapping[str, Any]) -> None:
+    def _load(self) -> None:
         path = self.folder / STATE
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
@@ -223,9 +215,6 @@ class Work:
             raise damaged(path, f"is damaged ({error})") from error
         if not good:
             raise damaged(path, "is damaged")
-        changes = differences(self._state["identity"], json.loads(json.dumps(identity)))
-        if changes:
-            raise _changed(changes, self.folder.parent)
         size, self._log_checksum = self._state["log"]
         data = (self.folder / LOG).read_bytes()[:size] if (self.folder / LOG).is_file() else b""
         if len(data) < size or zlib.crc32(data) != self._log_checksum:
@@ -367,27 +356,6 @@ def checksum_of(path: Path) -> int:
         while data := file.read(_CHUNK):
             found = zlib.crc32(data, found)
     return found
-
-
-def differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two values of JSON, by dotted name."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = dict.fromkeys([*before, *after])
-        dot = f"{name}." if name else ""
-        return [line for key in keys for line in differences(before.get(key), after.get(key), f"{dot}{key}")]
-    return [] if before == after else [f"{name} (was {_short(before)}, is {_short(after)})"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _changed(what: list[str], folder: Path) -> ConfigError:
-    return ConfigError(
-        f"{folder} is the work of another request: {'; '.join(what[:5])}{'; ...' if len(what) > 5 else ''} changed. "
-        "Ask for what was asked for then, remove the folder, or choose another --out."
-    )
 
 
 def _record_of(line: bytes) -> MatrixRecord | BlockRecord | None:

@@ -1,10 +1,8 @@
 """Rotating a model folder into another one that computes the same (QuaRot, arXiv 2404.00456; SpinQuant, 2405.16406)."""
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,18 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.files import TensorSpec
-from mezzotint.errors import ConfigError, ModelError, unknown
-from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
+from mezzotint.errors import ConfigError, MezzotintError, ModelError, WriteError, unknown
+from mezzotint.formats.folder import WEIGHTS, OutputFolder
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.models.rotations import refuses_stream, rotate_heads, rotate_stream
+<<<<<<< HEAD
 from mezzotint.pipeline.bypass import Bypass, Passage, surroundings
 from mezzotint.pipeline.residency import Budget, Shelf
+=======
+from mezzotint.pipeline.capture import Bypass, through
+from mezzotint.pipeline.ending import Ending
+>>>>>>> storage
 from mezzotint.pipeline.source import open_original
 from mezzotint.transforms.rotation import rotation
 
@@ -62,6 +65,7 @@ def rotate(
     out: Path,
     rotations: Rotations,
     *,
+    resume: bool = False,
     trust_remote_code: bool = False,
     step: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -73,6 +77,7 @@ def rotate(
         model: folder of the original.
         out: folder to make; it must not exist, or be empty.
         rotations: see there.
+        resume: take the place of an interrupted rotation of the same model, from its start.
         trust_remote_code: run Python code from the folder.
         step: told of blocks done.
 
@@ -82,26 +87,42 @@ def rotate(
 
     Raises:
         ModelError: the model cannot be rotated exactly; the message says where, and what can be done.
+        OutputError: the place is taken, or the disk is full.
+        WriteError: the disk failed; where the result is complete, it stays, and ``resume`` moves it to its place.
     """
     started = time.perf_counter()
     plain, turned = (open_original(model, trust_remote_code=trust_remote_code) for _ in range(2))
     stream = _add_rotations(turned, rotations)
-    with torch.no_grad():
-        difference = _compared(plain, turned, stream, step)
-    folder = OutputFolder(out)
-    try:
-        size = _write(plain, turned, rotations, folder.partial)
-        copy_companions(plain.folder, folder.partial, trusted=trust_remote_code)
-    except BaseException:
-        shutil.rmtree(folder.partial, ignore_errors=True)
-        raise
-    folder.finish()
-    return {
-        "out": str(out),
-        "seconds": time.perf_counter() - started,
-        "output_bytes": size,
-        "difference": difference,
-    }
+    place, ending = OutputFolder(out, resume=resume), Ending(plain.folder, trusted=trust_remote_code)
+    specs, untied = _specs(turned, rotations)
+    config = _config(ending, untied is not None, rotations.dtype)
+    ending.rehearse(config, None)
+    identity = {"model": str(plain.folder.absolute()), "files": ending.stamps(), **asdict(rotations)}
+    size = sum(spec.nbytes for spec in specs)
+    place.begin("rotate", WEIGHTS, identity, needed=size)
+    result = place.complete
+    if result is None:
+        try:
+            place.clear()
+            with torch.no_grad():
+                difference = _compared(plain, turned, stream, step)
+            _write(turned, rotations, place.partial, specs, untied)
+            place.announce(ending.names)
+            ending.write_config(place.partial, config)
+        except BaseException as error:
+            place.discard()
+            if isinstance(error, OSError) and not isinstance(error, MezzotintError):
+                raise WriteError(str(error)) from error
+            raise
+        result = {
+            "out": str(out),
+            "seconds": time.perf_counter() - started,
+            "output_bytes": size,
+            "difference": difference,
+            **({"warnings": ending.warnings} if ending.warnings else {}),
+        }
+    place.finish(result)
+    return dict(result)
 
 
 def _add_rotations(source: Source, rotations: Rotations) -> Tensor | None:
@@ -170,13 +191,12 @@ def _logits(bypass: Bypass, tokens: Tensor, hidden: Tensor, positions: Tensor) -
     return bypass.logits(tokens, hidden, positions)
 
 
-def _write(plain: Source, turned: Source, rotations: Rotations, folder: Path) -> int:
-    """All tensors and config.json; gives the size of the tensors."""
+def _specs(turned: Source, rotations: Rotations) -> tuple[list[TensorSpec], str | None]:
+    """All tensors of the rotated model, and the head if it becomes one that the original has not."""
     checkpoint, head = turned.checkpoint, turned.map.matrices.get(turned.map.head or "")
     untied = head.parameter if rotations.residual != "none" and head is not None and head.tied_to else None
     dtype = None if rotations.dtype is None else DTYPES[rotations.dtype]
     conversions = {conversion.key: conversion for conversion in checkpoint.conversions.values()}
-    changed = {c.key: any(p in checkpoint.rewriting for p in c.parameters) for c in conversions.values()}
     owners = {name: c.key for c in conversions.values() for p in c.parameters for name in checkpoint.sources(p)}
     specs = []
     for name, info in checkpoint.tensors.items():
@@ -186,8 +206,15 @@ def _write(plain: Source, turned: Source, rotations: Rotations, folder: Path) ->
     if untied is not None and untied not in by_name:
         embedding = by_name[checkpoint.sources(turned.map.matrices[turned.map.embedding].parameter)[0]]
         by_name[untied] = embedding._replace(name=untied)
-    check_space(folder, sum(spec.nbytes for spec in by_name.values()))
-    with ShardWriter(folder, list(by_name.values())) as writer:
+    return list(by_name.values()), untied
+
+
+def _write(turned: Source, rotations: Rotations, folder: Path, specs: list[TensorSpec], untied: str | None) -> None:
+    """All tensors."""
+    checkpoint, by_name = turned.checkpoint, {spec.name: spec for spec in specs}
+    conversions = {conversion.key: conversion for conversion in checkpoint.conversions.values()}
+    changed = {c.key: any(p in checkpoint.rewriting for p in c.parameters) for c in conversions.values()}
+    with ShardWriter(folder, specs) as writer:
 
         def put(name: str, value: Tensor) -> None:
             writer.put(name, value.to(by_name[name].dtype).contiguous())
@@ -195,7 +222,7 @@ def _write(plain: Source, turned: Source, rotations: Rotations, folder: Path) ->
         if untied is not None:
             put(untied, checkpoint.parameter(untied))
         for conversion in conversions.values():
-            if changed[conversion.key] or dtype is not None:
+            if changed[conversion.key] or rotations.dtype is not None:
                 values = {p: checkpoint.parameter(p) for p in conversion.parameters}
                 for name, value in checkpoint.restore(values).items():
                     if name != untied:
@@ -203,13 +230,11 @@ def _write(plain: Source, turned: Source, rotations: Rotations, folder: Path) ->
         for name in writer.missing:
             info = checkpoint.tensors[name]
             writer.copy(name, info.path, info.offset)
-    write_json(folder / "config.json", _config(plain, untied is not None, rotations.dtype))
-    return sum(spec.nbytes for spec in by_name.values())
 
 
-def _config(source: Source, untied: bool, dtype: str | None) -> dict[str, Any]:
+def _config(ending: Ending, untied: bool, dtype: str | None) -> dict[str, Any]:
     """The original's config.json, with what changed."""
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = ending.config()
     inner = [config, *(part for part in config.values() if isinstance(part, dict) and "tie_word_embeddings" in part)]
     if untied:
         for part in inner:

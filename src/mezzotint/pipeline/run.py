@@ -1,9 +1,8 @@
 """One quantization from request to finished folder."""
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,21 @@ from torch import Tensor
 
 from mezzotint.calibration import Windows
 from mezzotint.errors import MezzotintError, RunError, WriteError
-from mezzotint.formats.folder import OutputFolder, check_space, copy_companions, write_json
+from mezzotint.formats.folder import OutputFolder, partial_of
 from mezzotint.models import Source
-from mezzotint.pipeline.adapter import FOLDER, Adapter
+from mezzotint.pipeline import adapter as adapters
 from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
-from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.clock import Clock
 from mezzotint.pipeline.costs import CalibrationPlan
 from mezzotint.pipeline.curvature import planned_curvature, reader_of
+from mezzotint.pipeline.ending import Ending, names_of_tensors
 from mezzotint.pipeline.memory import return_freed_memory
 from mezzotint.pipeline.output import Elsewhere, Output
 from mezzotint.pipeline.plan import Planned, make_plan
 from mezzotint.pipeline.ranks import ALONE, Ranks
-from mezzotint.pipeline.report import REPORT_NAME, cpu_seconds, full_report, peak_rss_bytes, read_report, rss_bytes
+from mezzotint.pipeline.report import full_report, read_report, rss_bytes
 from mezzotint.pipeline.request import Request
-from mezzotint.pipeline.resume import WORK, Keeper, Work, identity_of
+from mezzotint.pipeline.resume import MAKES, Keeper, Work, identity_of
 from mezzotint.pipeline.solve import MatrixRecord, Solver
 from mezzotint.pipeline.source import open_original
 from mezzotint.pipeline.streams import Streams
@@ -81,130 +81,150 @@ def quantize(
     Raises:
         MezzotintError: the request, the model, the text, the format or the disk is at fault; the message says how.
     """
-    clock = _Clock()
+    clock, partial = Clock(), partial_of(out)
+    end = None
     with ranks.led():
         source = open_original(request.model, trust_remote_code=request.trust_remote_code)
         planned = make_plan(source, replace(request, ranks=ranks.size))
-        partial = out.absolute().with_name(out.name + ".partial")
-        folder, identity = None, None
         if ranks.first:
-            if not partial.exists():
-                check_space(out, planned.plan.bytes * planned.form.copies)
-            folder, identity = OutputFolder(out, resume=resume), identity_of(source, planned)
-        work = Work(partial, identity, resume=resume, ranks=ranks)
+            place = OutputFolder(out, resume=resume)
+            end = place, _ending(source, planned, out)
+            needed = planned.plan.bytes * planned.form.copies
+            place.begin("quantize", makes_of(planned.plan.format), identity_of(source, planned), needed=needed)
+    if ranks.told(end is not None and end[0].complete is not None):  # only the rename was missing
+        return ranks.told(None if end is None else _placed(end[0], out, read_report(end[0].result)))
+    with ranks.led():
+        work = Work(partial, None if end is None else end[0], ranks=ranks)
     if request.memory is not None:
         return_freed_memory()
-    run = _Run(source, planned, work, clock, listener or (lambda _: None))
+    run = _Run(source, planned, work, clock, listener or (lambda _: None), end=end)
     try:
-        work.tell()
         report = run.work()
     except BaseException as error:
         at_fault = isinstance(error, MezzotintError) and not isinstance(error, RunError)
-        if work.resumed or (run.begun and not at_fault):
+        if work.resumed or work.closed or (run.begun and not at_fault):
             error.add_note(f"The work so far lies in {partial}; the same command with --resume continues it.")
-        elif ranks.first:  # nothing that is left could be continued, and it must not look like a model
-            shutil.rmtree(partial, ignore_errors=True)
+        elif end is not None:  # nothing that is left could be continued, and it must not look like a model
+            end[0].discard()
         raise
-    if folder is not None:
-        try:
-            folder.finish()
-        except OSError as error:  # the result is complete, and stays where the message says
-            raise WriteError(str(error)) from error
-        shutil.rmtree(folder.path / WORK)
-    return ranks.told({"out": str(out), **report})
+    return ranks.told(None if end is None else _placed(end[0], out, report))
 
 
-class _Clock:
-    """Time and processor time of this process since the run began."""
+def makes_of(form: str) -> tuple[str, ...]:
+    """Names of all that a run makes in its folder until its tensors are complete."""
+    return (*names_of_tensors(form), *MAKES)
 
-    def __init__(self) -> None:
-        self._started, self._cpu_started = time.perf_counter(), cpu_seconds()
-        self.times: dict[str, float] = {}
-        self._marked = self._started
 
-    def mark(self, stage: str) -> None:
-        """A stage is over."""
-        now = time.perf_counter()
-        self.times[stage], self._marked = now - self._marked, now
+def _ending(source: Source, planned: Planned, out: Path) -> Ending:
+    """What comes behind the tensors, rendered once: hours later it would be late to find that it cannot be."""
+    ending = Ending(source.folder, trusted=planned.request.trust_remote_code)
+    nothing = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}
+    report = full_report(
+        planned, (), output_bytes=0, out=out.name, original_bytes=0, spent=nothing, by_rank=[nothing], times={}
+    )
+    ending.rehearse(_config(ending, source, planned), report)
+    return ending
 
-    @property
-    def seconds(self) -> float:
-        """Up to the last mark."""
-        return self._marked - self._started
 
-    def spent(self) -> dict[str, float]:
-        """Everything up to now."""
-        return {
-            "seconds": time.perf_counter() - self._started,
-            "cpu_seconds": cpu_seconds() - self._cpu_started,
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
+def _config(ending: Ending, source: Source, planned: Planned) -> dict[str, Any]:
+    """The original's config.json with the format's own part."""
+    config = ending.config()
+    quantization = planned.form.config(planned.plan, source.map)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    return config
+
+
+def _placed(place: OutputFolder, out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Give the finished folder its name."""
+    place.finish({})
+    return {"out": str(out), **report}
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """The request was right when it was checked: a disk that is full or gone is a failure while running."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RunError):
+            raise
+        raise WriteError(str(error)) from error
 
 
 class _Run:
     """The work between the plan and the finished folder.
 
+    Args:
+        end: on the first rank, the folder and what comes behind its tensors.
+
     Attributes:
         begun: there is a state that can be continued.
     """
 
-    def __init__(self, source: Source, planned: Planned, work: Work, clock: _Clock, tell: Listener) -> None:
+    def __init__(
+        self,
+        source: Source,
+        planned: Planned,
+        work: Work,
+        clock: Clock,
+        tell: Listener,
+        *,
+        end: tuple[OutputFolder, Ending] | None,
+    ) -> None:
         self._source = source
         self._planned = planned
         self._folder = work.folder.parent
         self._work = work
         self._ranks = work.ranks
         self._clock = clock
+        self._end = end
         self._others: list[Mapping[str, float]] = []
         self._tell = tell if work.ranks.first else lambda _: None
         self.begun = False
 
     def work(self) -> dict[str, Any]:
         """Fill the unfinished folder; gives the report, on the first rank."""
-        if self._work.complete:  # and only the rename is missing
-            return read_report(self._folder) if self._ranks.first else {}
-        resumed, journal_bytes = self._work.resumed, self._work.journal_bytes
+        with _running():
+            self._work.tell()
         self._clock.mark("plan")
+        if self._work.closed:
+            self._work.begin()
+            self._meet()
+        else:
+            self._quantize()
+        with _running():
+            return {} if self._end is None else self._finished(*self._end)
+
+    def _quantize(self) -> None:
+        """All tensors."""
+        resumed, journal_bytes = self._work.resumed, self._work.journal_bytes
         windows = self._windows()
         output: Output | Elsewhere = Elsewhere()
         if self._ranks.first:
             output = Output(self._source, self._planned, self._folder, resume=resumed, journal_bytes=journal_bytes)
-        try:
+        with closing(output), _running():
             self._begin(output)
             self._measure(windows)
             streams = self._streams(windows)
             self._clock.mark("calibration")
-            adapter = _adapter(self._planned, self._work)
-            self._sweep(streams, output, adapter)
+            self._sweep(streams, output, _adapter(self._planned, self._work))
             self._meet()
-            report = self._finished(output, adapter) if isinstance(output, Output) else {}
-        except OSError as error:
-            if isinstance(error, RunError):
-                raise
-            # the request was right when it was checked: a disk that is full or gone is a failure while running
-            raise WriteError(str(error)) from error
-        finally:
-            output.release()
-        return report
+            output.complete()
+            self._work.commit(self._work.block, closed=True)
 
-    def _finished(self, output: Output, adapter: Adapter | None) -> dict[str, Any]:
-        """Write what comes behind the quantized matrices; gives the report."""
+    def _finished(self, place: OutputFolder, ending: Ending) -> dict[str, Any]:
+        """Write what comes behind the tensors; gives the report."""
+        place.announce([*ending.names, *adapters.NAMES])
+        adapter = _adapter(self._planned, self._work)
         if adapter is not None:
-            adapter.write(self._folder / FOLDER, self._source.folder.name)
-        output.copy_rest()
-        output.close()
-        write_json(self._folder / "config.json", self._config())
-        trusted = self._planned.request.trust_remote_code
-        copy_companions(self._source.folder, self._folder, trusted=trusted)
+            adapter.write(self._folder, self._source.folder.name)
+        ending.write_config(self._folder, _config(ending, self._source, self._planned))
         size = self._planned.form.finish(
             self._folder, self._source.config.to_dict(), self._planned.plan, self._source.map
         )
         self._clock.mark("sweep")
-        report = self._report(size)
-        write_json(self._folder / REPORT_NAME, report)
-        write_card(self._folder, self._source.folder)
-        self._work.commit(self._work.block, complete=True)
-        return report
+        return ending.write_report(self._folder, self._report(size))
 
     def _windows(self) -> Windows | None:
         """The calibration text, which the first rank reads or samples for all."""
@@ -251,7 +271,7 @@ class _Run:
             return None
         entries = self._planned.plan.entries
         return calibrated_streams(
-            self._source, self._planned, entries, windows, self._folder, saved=saved, ranks=self._ranks
+            self._source, self._planned, entries, windows, self._work.folder, saved=saved, ranks=self._ranks
         )
 
     def _begin(self, output: Output | Elsewhere) -> None:
@@ -261,7 +281,7 @@ class _Run:
             self._work.commit(0, journal_bytes=output.checkpoint(), spent=self._meet())
         self.begun = True
 
-    def _sweep(self, streams: Streams | None, output: Output | Elsewhere, adapter: Adapter | None) -> None:
+    def _sweep(self, streams: Streams | None, output: Output | Elsewhere, adapter: adapters.Adapter | None) -> None:
         keeper = Keeper(
             self._work,
             journal=output.checkpoint,
@@ -354,21 +374,13 @@ class _Run:
             times={**({"before": before["seconds"]} if self._work.resumed else {}), **self._clock.times},
         )
 
-    def _config(self) -> dict[str, Any]:
-        """The original's config.json with the format's own part."""
-        config = json.loads((self._source.folder / "config.json").read_text(encoding="utf-8"))
-        quantization = self._planned.form.config(self._planned.plan, self._source.map)
-        if quantization is not None:
-            config["quantization_config"] = dict(quantization)
-        return config
-
 
 def _tensors_of(windows: Windows) -> dict[str, Tensor]:
     """By name; without padding there is no mask."""
     return {"tokens": windows.tokens, **({} if windows.mask is None else {"mask": windows.mask})}
 
 
-def _adapter(planned: Planned, work: Work) -> Adapter | None:
+def _adapter(planned: Planned, work: Work) -> adapters.Adapter | None:
     """What takes low-rank compensations, with those of an earlier process."""
     settings = next((e.compensation for e in planned.plan.entries if isinstance(e.compensation, Lora)), None)
-    return None if settings is None else Adapter(settings, work.adapter)
+    return None if settings is None else adapters.Adapter(settings, work.adapter)

@@ -1,6 +1,5 @@
 """Tensors in files of a work folder: written whole and durably, read one by one, checked by checksum."""
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
-from mezzotint.errors import OutputError, WriteError
-from mezzotint.formats.folder import sync_folder
+from mezzotint.errors import MezzotintError, OutputError, WriteError
+from mezzotint.formats.files import replacing
 
 Index = Mapping[str, Any]  # what JSON holds of a file: its name, its size, its tensors
 
@@ -29,21 +28,17 @@ def save(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Index:
     Raises:
         WriteError: the disk is full or broken.
     """
-    temporary = path.with_name(path.name + ".tmp")
     rows: list[list[Any]] = []
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             for name, value in tensors:
                 data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
                 file.write(data)
                 rows.append([name, SAFETENSORS_NAMES[value.dtype], list(value.shape), zlib.crc32(data)])
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
-        temporary.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if isinstance(error, MezzotintError):
+            raise  # of what makes the tensors
         raise WriteError(f"cannot save the state of the run to {path}: {error.strerror}. Free some space.") from error
     return {"file": path.name, "bytes": size, "tensors": rows}
 

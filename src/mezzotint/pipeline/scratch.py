@@ -24,7 +24,7 @@ class Scratch:
         self._folder = folder
         self._what = what
         self._handle, name = tempfile.mkstemp(dir=folder, prefix="spill-")
-        Path(name).unlink()  # at once: nothing is left behind
+        Path(name).unlink(missing_ok=True)  # at once: nothing is left behind
         os.truncate(self._handle, size)
         self.close = weakref.finalize(self, os.close, self._handle)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mezzotint.cli.page.markup import Markup, tag, text
 from mezzotint.errors import ConfigError, WriteError
+from mezzotint.formats.files import text_bytes
 
 
 def document(title: str, subtitle: str, sections: list[Markup], version: str) -> str:
@@ -47,6 +48,6 @@ def write_page(path: Path, page: str) -> None:
         WriteError: the file cannot be written.
     """
     try:
-        path.write_text(page, encoding="utf-8")
+        path.write_bytes(text_bytes(page))
     except OSError as error:
         raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Give --html another place.") from error
