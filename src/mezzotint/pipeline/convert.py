@@ -20,14 +20,9 @@ from mezzotint.formats.loading import ANY, engines
 from mezzotint.formats.regrid import INTEGERS, as_integers
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.models import Source
-<<<<<<< HEAD
-from mezzotint.pipeline.card import write_card
+from mezzotint.pipeline.ending import Ending, names_of_tensors
 from mezzotint.pipeline.format import stored_bits
 from mezzotint.pipeline.plan import matrices_in_order
-=======
-from mezzotint.pipeline.ending import Ending, names_of_tensors
-from mezzotint.pipeline.plan import matrices_in_order, stored_bits
->>>>>>> storage
 from mezzotint.pipeline.report import REPORT_NAME, read_report
 from mezzotint.pipeline.request import check_engine
 from mezzotint.pipeline.source import open_packed

@@ -91,18 +91,12 @@ class Output:
             ).items():
                 self._writer.put(name, value.to(self._source.checkpoint.tensors[name].dtype).contiguous())
 
-<<<<<<< HEAD
-    def copy_rest(self) -> None:
-        """Copy every tensor that nothing has replaced, byte for byte."""
+    def complete(self) -> None:
+        """Copy every tensor that nothing has replaced, byte for byte; check that everything is there, and sync."""
         missing, checkpoint = set(self._writer.missing), self._source.checkpoint
         # a bound may be infinite
         buffers = (name for name, _ in self._source.skeleton.named_buffers() if checkpoint.holds(name))
         unchecked = {name for buffer in buffers for name in checkpoint.sources(buffer)}
-=======
-    def complete(self) -> None:
-        """Copy every tensor that nothing has replaced, byte for byte; check that everything is there, and sync."""
-        missing = set(self._writer.missing)
->>>>>>> storage
         for name in (name for name in self._planned.layout.copied if name in missing):
             info = self._source.checkpoint.tensors[name]
             if info.dtype.is_floating_point and info.nbytes <= _CHECKED_BYTES and name not in unchecked:

@@ -45,13 +45,8 @@ class _Place(NamedTuple):
 
 
 @contextmanager
-<<<<<<< HEAD
 def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list[Any]]:
-    """Stores and, last, a shelf with a budget together, and a folder of their own for what does not fit.
-=======
-def temporary_stores(count: int, memory: int | None, folder: Path | None = None) -> Iterator[list["Store"]]:
-    """Stores with a budget together, and files for what does not fit.
->>>>>>> storage
+    """Stores and, last, a shelf with a budget together, and files for what does not fit.
 
     Args:
         count: of stores.
@@ -59,13 +54,8 @@ def temporary_stores(count: int, memory: int | None, folder: Path | None = None)
         folder: of the files, which have no name in it; None is the system's, where they get a folder of their own.
     """
     budget = Budget(memory)
-<<<<<<< HEAD
-    with TemporaryDirectory(prefix="mezzotint-", dir=folder) as own:
-        stores = [*(Store(budget, Path(own)) for _ in range(count)), Shelf(budget, Path(own))]
-=======
     with TemporaryDirectory(prefix="mezzotint-") if folder is None else nullcontext(folder) as own:
-        stores = [Store(budget, Path(own)) for _ in range(count)]
->>>>>>> storage
+        stores = [*(Store(budget, Path(own)) for _ in range(count)), Shelf(budget, Path(own))]
         try:
             yield stores
         finally:

@@ -15,13 +15,9 @@ from mezzotint.formats.folder import WEIGHTS, OutputFolder
 from mezzotint.formats.shards import ShardWriter
 from mezzotint.models import Source, dematerialize, materialize
 from mezzotint.models.rotations import refuses_stream, rotate_heads, rotate_stream
-<<<<<<< HEAD
 from mezzotint.pipeline.bypass import Bypass, Passage, surroundings
-from mezzotint.pipeline.residency import Budget, Shelf
-=======
-from mezzotint.pipeline.capture import Bypass, through
 from mezzotint.pipeline.ending import Ending
->>>>>>> storage
+from mezzotint.pipeline.residency import Budget, Shelf
 from mezzotint.pipeline.source import open_original
 from mezzotint.transforms.rotation import rotation
 
