@@ -234,3 +234,11 @@ def test_the_committed_distortions_are_what_is_measured(step: float) -> None:
         found = gaussian_distortion(grid.resolve((1024, 1024), torch.float16), rows)
         # 2^16 weights: the mean of squares has a standard error of sqrt(2 / 2^16) = 0.6 %
         assert found == pytest.approx(_committed(name, grid), rel=0.03 if grid.kind == "trellis" else 0.005), name
+
+
+def test_warnings_are_told(mezzotint: Run, damaged: Path, tmp_path: Path) -> None:
+    (damaged / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
+    answer = mezzotint("quantize", damaged, "--out", tmp_path / "out", "--recipe", "rtn", *SMALL, "--json")
+    assert answer.code == 0
+    assert "warning: The card names no licence" in answer.stderr
+    assert answer.last_object["warnings"][0] in answer.stderr.replace("\n", "")

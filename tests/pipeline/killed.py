@@ -119,12 +119,12 @@ def _ranked(ranks: Ranks, out: Path, arguments: dict[str, Any], last: tuple[str,
     return operations.names
 
 
-def finished_together(out: Path, **arguments: Any) -> list[str]:
-    """As `finished`, by two ranks; gives the operations of the first."""
+def finished_together(out: Path, **arguments: Any) -> list[list[str]]:
+    """As `finished`, by two ranks; gives the operations of each."""
     answers = together(2, _ranked, out, arguments, None, 0)
     for answer in answers:
         assert isinstance(answer, list), answer
-    return answers[0]
+    return answers
 
 
 def killed_together(out: Path, pattern: str, count: int, number: int, **arguments: Any) -> bool:

@@ -106,7 +106,6 @@ class OutputFolder:
                 self.announce(makes)
             return
         check_space(self.path, needed)
-        made = not self.partial.exists()
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -118,7 +117,6 @@ class OutputFolder:
             "mezzotint": version("mezzotint"),
             "command": command,
             "makes": [],
-            "made_folder": made,
             "complete": None,
             "identity": wanted,
         }
@@ -149,8 +147,7 @@ class OutputFolder:
         with suppress(OSError):  # on the way out of another error
             self.clear()
             (self.partial / MARKER).unlink(missing_ok=True)
-            if self._marker["made_folder"]:
-                self.partial.rmdir()
+            self.partial.rmdir()
 
     def finish(self, result: Mapping[str, Any], *, inner: str = "") -> None:
         """Sync everything and move ``DIR.partial`` to its place by one rename.
@@ -361,6 +358,6 @@ def _marker_in(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    kinds = {"command": str, "makes": list, "made_folder": bool, "complete": dict | None, "identity": dict}
+    kinds = {"command": str, "makes": list, "complete": dict | None, "identity": dict}
     whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     return found if whole and all(isinstance(name, str) for name in found["makes"]) else None
