@@ -20,7 +20,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mezzotint
-from mezzotint.errors import ConfigError
 from mezzotint.models import open_model
 
 ROLES = {"query": "q", "key": "k", "value": "v", "merge": "o", "switch": "gate", "widen": "up", "narrow": "down"}
@@ -165,11 +164,11 @@ if __name__ == "__main__":
         for group in block.groups:
             members = ", ".join(f"{name.rpartition('.')[2]} ({known.get(name, '?')})" for name in group.matrices)
             print(f"  {members} read {'the output of ' + group.norm.parameter if group.norm else 'something else'}")
-        try:
-            mezzotint.plan(f"{out}-plate", "lpcd-gptq", **options)
-            print("  lpcd-gptq is planned")
-        except ConfigError as error:
-            print(f"  refused: {error}")
+        planned = mezzotint.plan(f"{out}-plate", "lpcd-gptq", **options)
+        for step in planned.steps_down:
+            print(f"  stepped down: {step.what}: {step.why}")
+        if not planned.steps_down:
+            print("  lpcd-gptq is planned as it is")
 
     for name, model in (("plate", f"{out}-plate"), ("llama", llama)):
         mezzotint.quantize(model, "qep-gptq", out=f"{out}-{name}-3bit", **options)

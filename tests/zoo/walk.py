@@ -260,7 +260,7 @@ def _arguments(step: Step) -> dict[str, Any]:
 
 def steps_down(report: dict[str, Any]) -> list[str]:
     """What was done more simply than the recipe says; nothing where the report does not tell."""
-    return [str(what) for what in report.get("stepped_down") or report["plan"].get("stepped_down") or ()]
+    return [f"{step['what']}: {step['why']}" for step in report["plan"]["stepped_down"]]
 
 
 def share_of(model: PreTrainedModel, shapes: Sequence[tuple[int, int]]) -> float:
