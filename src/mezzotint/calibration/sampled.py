@@ -134,7 +134,8 @@ def _generate(
             generation_config=GenerationConfig(
                 max_new_tokens=seqlen - 1,
                 do_sample=False,  # the processor has drawn already; the only token left is also the likeliest
-                use_cache=True,
+                # a cache is made of as many layers as the configuration says; where it does not, there is none
+                use_cache=hasattr(model.config.get_text_config(decoder=True), "num_hidden_layers"),
             ),
             logits_processor=LogitsProcessorList([draw]),
         )

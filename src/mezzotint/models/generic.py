@@ -93,7 +93,7 @@ def _check_joints(path: str, trace: Trace) -> None:
         index = trace.bridged[0]
         raise ModelError(
             f"the model changes the hidden states between {path}.{index - 1} and {path}.{index}; blocks are run one by "
-            "one, each on what the one before gave. Quantize such a model elsewhere, or report it."
+            "one, each on what the one before gave. Report this model type."
         )
 
 

@@ -153,7 +153,7 @@ def _compare(
         else:
             run_blocks(source, batches, store, shelf, device=device, step=step)
             if kept is not None:
-                _keep({str(index): store.get(index).cpu() for index in range(len(batches))}, kept)
+                _keep({str(index): store.get(index).cpu().contiguous() for index in range(len(batches))}, kept)
         finals.append(store)
     bypasses = [
         stack.enter_context(surroundings(source, head=True, dtype=torch.float32, device=device)) for source in sources
