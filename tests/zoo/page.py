@@ -43,7 +43,7 @@ def filled(page: str, outcomes: Sequence[Outcome]) -> str:
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"the page has no {BEGIN} and {END}; write these marks where the table belongs.")
-    return f"{head}{BEGIN}\n{table(outcomes)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{table(outcomes)}\n\n{END}{tail}"
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -66,7 +66,7 @@ def _counts(by_name: Mapping[str, Mapping[str, Outcome]]) -> str:
 
 
 def _row(name: str, steps: Mapping[str, Outcome], notes: _Notes) -> str:
-    title = f"`{name}`" if type_of(name) == name else f"`{name}` (a `{type_of(name)}`)"
+    title = f"`{name}`" if type_of(name) == name else f"`{name}` (of `{type_of(name)}`)"
     shares = [one.share for one in steps.values() if one.share is not None]
     share = f"{100 * min(shares):.0f} %" if shares else "–"
     return _joined([title, share, *(_cell(steps.get(step), notes) for step in QUANTIZING)])
@@ -87,9 +87,7 @@ def _excluded() -> str:
     for name, reason in sorted(EXCLUDED.items()):
         types.setdefault(reason, []).append(f"`{name}`")
     lines = [f"* {', '.join(names)}: {reason}." for reason, names in types.items()]
-    return "Types of transformers that are no text models by themselves, and are not in the table:\n\n" + "\n".join(
-        lines
-    )
+    return "Types of transformers that are not in the table:\n\n" + "\n".join(lines)
 
 
 def _joined(cells: Sequence[str]) -> str:

@@ -223,6 +223,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
         "num_hidden_layers": 2,
     },
+    "xlm": {"causal": True, "n_langs": 1},
     "zamba": {
         "num_key_value_heads": 4,
         "num_hidden_layers": 4,
@@ -274,9 +275,7 @@ EXCLUDED: dict[str, str] = {
     ),
     **dict.fromkeys(("bert-generation", "pegasus", "plbart", "prophetnet"), _SEQUENCES),
     **dict.fromkeys(("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"), _MASKED),
-    **dict.fromkeys(
-        ("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"), _MASKED
-    ),
+    **dict.fromkeys(("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"), _MASKED),
     **dict.fromkeys(("xlm-roberta-xl", "xmod"), _MASKED),
     "whisper": _SPEECH,
     "trocr": "decoder of a text recognizer, attends to an image encoder",

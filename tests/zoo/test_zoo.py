@@ -140,7 +140,7 @@ def test_the_table_is_written_between_its_marks() -> None:
     assert text.startswith("a\n")
     assert text.endswith("b")
     assert "| `llama` | 95 % | yes | simpler (1) | not run | not run | not run |" in text
-    assert "| `opt_proj` (a `opt`) | – | not run | not run | no (2) | not run | fails (3) |" in text
+    assert "| `opt_proj` (of `opt`) | – | not run | not run | no (2) | not run | fails (3) |" in text
     assert "2. matrix … has no role\n3. ValueError: 3 of \\[2\\]\n" in text
     assert page.filled(text, outcomes) == text
     with pytest.raises(SystemExit, match="no <!-- zoo -->"):
