@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from mezzotint.calibration.tokenizer import vocabulary_size
 from mezzotint.calibration.windows import Windows
-from mezzotint.errors import CalibrationError, NonFiniteError
+from mezzotint.errors import CalibrationError, MezzotintError, NonFiniteError
 
 
 def sample_windows(
@@ -125,20 +126,49 @@ def _generate(
     model: PreTrainedModel, starts: Int64[Tensor, "rows 1"], draw: _Draw, seqlen: int
 ) -> Int64[Tensor, "rows seqlen"]:
     """The start tokens and what is drawn after them."""
-    # any attribute of a module may be a tensor, for a type checker
-    generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAssignmentType]
     with _plain_generation(model):
-        return generate(
+        return _generated(
+            model,
             starts,
-            attention_mask=torch.ones_like(starts),
             generation_config=GenerationConfig(
                 max_new_tokens=seqlen - 1,
                 do_sample=False,  # the processor has drawn already; the only token left is also the likeliest
-                # a cache is made of as many layers as the configuration says; where it does not, there is none
-                use_cache=hasattr(model.config.get_text_config(decoder=True), "num_hidden_layers"),
+                use_cache=_caches(model, starts[:1]),
             ),
             logits_processor=LogitsProcessorList([draw]),
         )
+
+
+def _caches(model: PreTrainedModel, start: Int64[Tensor, "1 1"]) -> bool:
+    """Whether transformers generates with a cache; with some configurations of some types it cannot (RWKV, BLT).
+
+    Without one every token runs through all tokens before it.
+    """
+    few = GenerationConfig(max_new_tokens=3, do_sample=False, use_cache=True)
+    try:
+        _generated(model, start, generation_config=few)
+    except CalibrationError:
+        return False
+    return True
+
+
+def _generated(model: PreTrainedModel, starts: Int64[Tensor, "rows 1"], **options: Any) -> Int64[Tensor, "rows seqlen"]:
+    """What transformers generates.
+
+    Raises:
+        CalibrationError: it cannot.
+    """
+    # any attribute of a module may be a tensor, for a type checker
+    generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAssignmentType]
+    try:
+        return generate(starts, attention_mask=torch.ones_like(starts), **options)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, MezzotintError):
+            raise
+        raise CalibrationError(
+            f"transformers cannot generate text with {type(model).__name__} in {model.dtype} "
+            f"({type(error).__name__}: {error}). Give --calibration FILE."
+        ) from error
 
 
 @contextmanager

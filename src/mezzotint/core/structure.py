@@ -123,8 +123,8 @@ class Block:
     """One transformer layer: where it is, what is in it and in which order it runs.
 
     Attributes:
-        returns: of the tuple that its module returns, which members are tensors; empty where it returns the hidden
-            states alone.
+        returns: of the values that its module returns, which are tensors; empty where it returns the hidden states
+            alone.
     """
 
     index: int

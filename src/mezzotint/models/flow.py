@@ -66,7 +66,7 @@ class Trace:
         block_order: indices of the blocks as they ran.
         embeddings: parameters that were looked up with the token ids.
         near_embeddings: those that were looked up with something made of them, as wrappers do.
-        returned: of every block that returned a tuple, which members are tensors.
+        returned: of every block that returned several values, which of them are tensors.
         width: numbers of the hidden states a token.
         bridged: blocks whose input is not what the block before gave.
     """

@@ -323,7 +323,7 @@ class Watcher(TorchDispatchMode):
     def _after_block(self, index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self.block = None
-            if isinstance(output, tuple):
+            if isinstance(output, tuple | list):
                 self.trace.returned[index] = tuple(isinstance(value, Tensor) for value in output)
             first = next(_tensors((output,)), None)
             self._given = None if first is None else self.value(first).number

@@ -115,7 +115,7 @@ class Passage:
         call, shared = self._filled(block, beside)
         before = [dict(one) for one in shared]
         output = module(_to_model(hidden, call.axis), *call.args, **call.kwargs)
-        found = output if isinstance(output, tuple) else (output,)
+        found = output if isinstance(output, tuple | list) else (output,)
         written = {f"{block}.{place}": value for place, value in enumerate(found) if place}
         written = {name: value for name, value in written.items() if name in self._last_read}
         for one, known in zip(shared, before, strict=True):

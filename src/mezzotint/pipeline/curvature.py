@@ -128,7 +128,8 @@ class _Gradients(Backward):
                 self._sums[name] = torch.zeros(count, size, size, dtype=self.borders.dtype, device=self.borders.device)
 
                 def ran(_module: object, _args: object, output: Tensor, name: str = name) -> None:
-                    output.register_hook(lambda gradient: self._add(name, gradient.flatten(0, -2)))
+                    if output.requires_grad:  # not where it only chooses
+                        output.register_hook(lambda gradient: self._add(name, gradient.flatten(0, -2)))
 
                 stack.callback(module.register_forward_hook(ran).remove)
             yield

@@ -277,7 +277,11 @@ class Solver:
         if entry.curvature is None:
             return None
         assert self._curvature is not None
-        return self._curvature(matrix).damped(entry.curvature.damping).take_rows(share.rows)
+        measured = self._curvature(matrix)
+        if not bool(measured.blocks.any()):
+            self.notes[matrix.name] = {**self.notes.get(matrix.name, {}), "curvature": "none: no gradient arrived"}
+            return None
+        return measured.damped(entry.curvature.damping).take_rows(share.rows)
 
 
 def quantized(
