@@ -14,7 +14,7 @@ JOBS ?= 2
 # The plugin imports vLLM, which is not among what the tests install; the engine tests cover it.
 DOCTESTS := --doctest-modules src/mezzotint --ignore src/mezzotint/engines/vllm.py
 
-.PHONY: venv demo docs test test-slow test-engines test-gpu check bench peers clean
+.PHONY: venv demo docs test test-slow test-engines test-gpu check zoo bench peers clean
 
 venv: $(STAMP)
 
@@ -91,6 +91,10 @@ check: venv
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 	$(BIN)/python -m pytest -q -n $(JOBS)
 	$(BIN)/python -m pytest -q -n $(JOBS) $(DOCTESTS)
+
+# Every causal model type of transformers, tiny and random, through every step; a type that stops otherwise than by a refusal fails.
+zoo: venv
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m zoo --update docs/models.md
 
 # A short version of the quality suite: SmolLM2 as `make demo` leaves it, and texts that you name.
 bench: venv
