@@ -53,6 +53,7 @@ def sample_windows(
     seeds = torch.randint(2**62, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
     generators = [torch.Generator().manual_seed(window_seed) for window_seed in seeds]
     rows: list[Tensor] = []
+    cached: bool | None = None
     for first in range(0, samples, batch_size):
         batch = generators[first : first + batch_size]
 
@@ -62,7 +63,8 @@ def sample_windows(
 
         draw = _Draw(batch, temperature, tuple(suppress), report)
         starts = _starts(start_token, vocabulary_size(model.config), batch).to(model.device)
-        rows.append(_generate(model, starts, draw, seqlen).cpu())
+        cached = _caches(model, starts[:1]) if cached is None else cached
+        rows.append(_generate(model, starts, draw, seqlen, cached=cached).cpu())
     return Windows(tokens=torch.cat(rows), mask=None, source="self")
 
 
@@ -123,7 +125,7 @@ class _Draw(LogitsProcessor):
 
 
 def _generate(
-    model: PreTrainedModel, starts: Int64[Tensor, "rows 1"], draw: _Draw, seqlen: int
+    model: PreTrainedModel, starts: Int64[Tensor, "rows 1"], draw: _Draw, seqlen: int, *, cached: bool
 ) -> Int64[Tensor, "rows seqlen"]:
     """The start tokens and what is drawn after them."""
     with _plain_generation(model):
@@ -133,7 +135,7 @@ def _generate(
             generation_config=GenerationConfig(
                 max_new_tokens=seqlen - 1,
                 do_sample=False,  # the processor has drawn already; the only token left is also the likeliest
-                use_cache=_caches(model, starts[:1]),
+                use_cache=cached,
             ),
             logits_processor=LogitsProcessorList([draw]),
         )
@@ -146,7 +148,8 @@ def _caches(model: PreTrainedModel, start: Int64[Tensor, "1 1"]) -> bool:
     """
     few = GenerationConfig(max_new_tokens=3, do_sample=False, use_cache=True)
     try:
-        _generated(model, start, generation_config=few)
+        with _plain_generation(model):
+            _generated(model, start, generation_config=few)
     except CalibrationError:
         return False
     return True

@@ -56,6 +56,7 @@ class Watcher(TorchDispatchMode):
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             key = self._storage(parameter)
             self._parameters[key] = (*self._parameters.get(key, ()), name)
+        self._names = {names[0]: names for names in self._parameters.values()}
 
     # ---- values ----------------------------------------------------------------------------------------------------
 
@@ -173,7 +174,8 @@ class Watcher(TorchDispatchMode):
 
     def _name(self, weight: Value, operand: Value) -> str:
         """Of several names of a tied parameter, that of the module whose input this is."""
-        names = next(names for names in self._parameters.values() if names[0] == weight.parameter)
+        assert weight.parameter is not None
+        names = self._names[weight.parameter]
         return next((n for n in names if self._inputs.get(n.rpartition(".")[0]) == operand.number), names[0])
 
     def _attention(self, call: _Call) -> None:

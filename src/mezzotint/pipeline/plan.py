@@ -258,7 +258,10 @@ def _steps_down(block: Block | None, matrix: Matrix, stages: Stages) -> Iterator
     if block is None:
         return
     if stages.curvature is not None and matrix.expert is not None:
-        yield StepDown("curvature.kind=none", "which tokens an expert gets is not differentiable, and they are few")
+        yield StepDown(
+            "curvature.kind=none",
+            "the outputs of an expert are not those of a module, so gradients in them are not seen",
+        )
     ends = {role.matrix for role in block.roles if role.kind in ("o", "down")}
     group = next(group for group in block.groups if matrix.name in group.matrices)
     if "residual" in stages.target.needs and matrix.name in ends and not group.sees_residual:
