@@ -13,6 +13,7 @@ from mezzotint.core.contracts import Aim
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.formats.native import Scheme
+from mezzotint.grids.uniform import UniformGrid
 from mezzotint.models import Source
 from mezzotint.pipeline import allocate, pricing
 from mezzotint.pipeline.allocate import Allocated, allocated
@@ -20,6 +21,7 @@ from mezzotint.pipeline.budgeted import quantize
 from mezzotint.pipeline.footprint import serving_bytes
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.noise import noise_insertion
+from mezzotint.pipeline.plan import make_plan
 from mezzotint.pipeline.pricing import Price
 from mezzotint.pipeline.report import REPORT_NAME
 from mezzotint.pipeline.source import open_original
@@ -145,7 +147,17 @@ def test_a_budget_that_nothing_fits_says_what_would(budget: dict[str, Any], mess
 def test_a_format_that_cannot_mix_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocate, "measure_sensitivity", lambda *_, **__: pytest.fail("it has begun to measure"))
     with pytest.raises(FormatError, match="mixed-asymmetric"):
-        found("gptq", bits=3.5, engine="transformers")
+        found("gptq", {"grid.symmetric": False}, bits=3.5, engine="transformers")
+
+
+def test_grids_are_priced_as_the_mixture_will_have_them() -> None:
+    result = found("gptq", {"grid.group_size": 32}, bits=6.5, engine="transformers")
+    assert len(set(bits_of(result).values())) > 1
+    planned = make_plan(open_original(TINY_LLAMA), result.request)
+    grids = [entry.grid for entry in planned.plan.entries]
+    assert all(isinstance(grid, UniformGrid) and grid.symmetric for grid in grids)
+    made = sum(entry.bits.total for entry in planned.plan.entries)
+    assert made == pytest.approx(result.chosen.bits_per_weight * planned.weights)
 
 
 def test_what_vllm_fuses_gets_one_scheme() -> None:

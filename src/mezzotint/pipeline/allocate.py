@@ -21,7 +21,7 @@ from mezzotint.pipeline.calibrate import calibrated_streams, calibration_windows
 from mezzotint.pipeline.footprint import other_bytes, serving_bytes
 from mezzotint.pipeline.latency import Latency
 from mezzotint.pipeline.noise import noise_insertion
-from mezzotint.pipeline.plan import Planned, make_plan
+from mezzotint.pipeline.plan import SYMMETRIC, Planned, make_plan
 from mezzotint.pipeline.pricing import Label, Price, menus, price, setting_of
 from mezzotint.pipeline.request import Request
 from mezzotint.pipeline.sensitivity import measure_sensitivity
@@ -142,7 +142,10 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
         )
     choices = menus(source, planned, knapsack)
     classes = _classes(source, planned)
-    _check_mixture(source, request, classes, choices)
+    if _becomes_symmetric(source, request, classes, choices):
+        request = replace(request, recipe=request.recipe.with_settings({"grid.symmetric": True}))
+        planned = make_plan(source, _assigned(request, {}), calibrate=True)
+        choices = menus(source, planned, knapsack)
     sensitivities = _sensitivities(source, planned, knapsack, tell)
     latency = None if knapsack.tokens_per_second is None else Latency(planned.weights)
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch:
@@ -322,15 +325,19 @@ def _check_budget(items: Sequence[Item], budget: int | None, knapsack: Knapsack,
     )
 
 
-def _check_mixture(
+def _becomes_symmetric(
     source: Source, request: Request, classes: Mapping[str, Sequence[str]], choices: Mapping[str, Mapping[Label, Grid]]
-) -> None:
-    """Refuse before any work a format that cannot hold different bits: plan the most uneven mixture."""
+) -> bool:
+    """Whether planning takes the zero points away where bits differ, so that symmetric grids are to be priced.
+
+    It plans the most uneven mixture, so a format that cannot hold different bits is refused before any work.
+    """
     ends: dict[str, Any] = {}
     for place, members in enumerate(classes.values()):
         for name in members:
             ends[name] = list(choices[name])[0 if place % 2 else -1]
-    make_plan(source, _assigned(request, ends))
+    mixture = make_plan(source, _assigned(request, ends))
+    return any(step.what == SYMMETRIC for entry in mixture.plan.entries for step in entry.steps_down)
 
 
 def _sensitivities(source: Source, planned: Planned, knapsack: Knapsack, tell: Told) -> Mapping[str, Sensitivity]:

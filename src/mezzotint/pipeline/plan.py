@@ -30,6 +30,7 @@ from mezzotint.registry import ROUNDINGS, TARGETS, TRANSFORMS
 
 SELF_SEQLEN = 256
 TEXT_SEQLEN = 512
+SYMMETRIC = "grid.symmetric=true"  # what grids step down to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +166,7 @@ def _decided(source: Source, request: Request) -> _Decision:
     except Unloadable as error:
         refused = error
     if refused.refusal.rule == MIXED and _symmetry_is_free(request.recipe):
-        step = StepDown("grid.symmetric=true", f"{refused.refusal.limit}, and {refused.refusal.what} are needed")
+        step = StepDown(SYMMETRIC, f"{refused.refusal.limit}, and {refused.refusal.what} are needed")
         return _held(source, request, request.recipe.with_settings({"grid.symmetric": True}), step=step)
     if refused.refusal.rule == MERGED and request.wanted_format is None:
         why = f"{refused.refusal.limit} ({refused.refusal.what}); --for vllm packs"
