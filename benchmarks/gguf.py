@@ -19,17 +19,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.__main__ import HERE, machine, versions
+from mezzotint.blockwise.source import open_original
 from mezzotint.calibration import consecutive_windows, load_tokenizer, read_text
-from mezzotint.formats import gguf, gguf_model
-from mezzotint.formats.gguf_file import GgufFile
-from mezzotint.grids.gguf_types import BLOCK_TYPES
+from mezzotint.formats.gguf import format as gguf
+from mezzotint.formats.gguf import model as gguf_model
+from mezzotint.formats.gguf.file import GgufFile
+from mezzotint.grids.gguf.types import BLOCK_TYPES
+from mezzotint.jobs.run import quantize
 from mezzotint.models import Source
-from mezzotint.pipeline.calibrate import calibration_windows
-from mezzotint.pipeline.plan import make_plan
-from mezzotint.pipeline.recipe import Rule
-from mezzotint.pipeline.request import CalibrationRequest, Request, resolve_recipe
-from mezzotint.pipeline.run import quantize
-from mezzotint.pipeline.source import open_original
+from mezzotint.planning.plan import make_plan
+from mezzotint.recipes.recipe import Rule
+from mezzotint.recipes.request import CalibrationRequest, Request, resolve_recipe
+from mezzotint.sweep.calibrate import calibration_windows
 
 RESULTS = HERE / "results" / "gguf.json"
 WORKER = HERE / "llama_cpp_worker.py"

@@ -18,8 +18,8 @@ from gguf import GGMLQuantizationType
 from benchmarks.__main__ import HERE, machine, versions
 from benchmarks.gguf import run_worker
 from mezzotint.core.metrics import h_error
-from mezzotint.grids.gguf import GgufGrid
-from mezzotint.grids.gguf_types import BLOCK_TYPES
+from mezzotint.grids.gguf.grid import GgufGrid
+from mezzotint.grids.gguf.types import BLOCK_TYPES
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.testing.problems import ProblemSettings, make_problem
 

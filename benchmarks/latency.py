@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 import mezzotint
 from benchmarks.__main__ import HERE, machine, versions
 from benchmarks.decoding import PROMPT, seconds_per_token
+from mezzotint.budgeting.latency import Latency
+from mezzotint.budgeting.pricing import labelled
 from mezzotint.engines.packed import QuantizedLinear
 from mezzotint.models import Source, open_model
-from mezzotint.pipeline.latency import Latency
-from mezzotint.pipeline.pricing import labelled
 
 RESULT = HERE / "results" / "latency.json"
 _INTEGERS = {"kind": "uniform", "range": "error", "group_size": 64}

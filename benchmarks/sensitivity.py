@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from benchmarks.__main__ import HERE, machine, versions
+from mezzotint.budgeting.noise import noise_insertion
+from mezzotint.budgeting.sensitivity import measure_sensitivity
 from mezzotint.calibration import consecutive_windows, load_tokenizer
 from mezzotint.models import open_model
-from mezzotint.pipeline.noise import noise_insertion
-from mezzotint.pipeline.sensitivity import measure_sensitivity
 
 RESULTS = HERE / "results" / "sensitivity.json"
 ENERGY = 1e-3

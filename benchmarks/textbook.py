@@ -23,12 +23,12 @@ import mezzotint
 from benchmarks.__main__ import HERE, halves, machine, versions
 from mezzotint.calibration import consecutive_windows, load_tokenizer, read_text
 from mezzotint.core.contracts import QuantizedWeight
+from mezzotint.jobs.output import Output
+from mezzotint.jobs.run import quantize
 from mezzotint.models import open_model
-from mezzotint.pipeline.calibrate import calibration_windows
-from mezzotint.pipeline.output import Output
-from mezzotint.pipeline.plan import make_plan
-from mezzotint.pipeline.request import CalibrationRequest, Request, resolve_recipe
-from mezzotint.pipeline.run import quantize
+from mezzotint.planning.plan import make_plan
+from mezzotint.recipes.request import CalibrationRequest, Request, resolve_recipe
+from mezzotint.sweep.calibrate import calibration_windows
 
 RESULTS = HERE / "results" / "textbook.json"
 LIMITS = {"h_error": 1e-3, "kl_nats": 0.02}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mezzotint
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
+from mezzotint.core.plans import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 from mezzotint.formats.schemes import packed_uniform, refuses_uniform, uniform_grid
 from mezzotint.grids.uniform import FittedUniform, UniformGrid

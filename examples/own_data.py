@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import mezzotint
-from mezzotint.pipeline.compare import compare
-from mezzotint.pipeline.results import keep_results
+from mezzotint.report.compare import compare
+from mezzotint.report.results import keep_results
 
 model, records, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 out.mkdir(parents=True, exist_ok=True)

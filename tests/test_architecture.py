@@ -11,12 +11,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "mezzotint"
 # A part imports from the rows below its own only; parts in one row do not know each other.
 ROWS = (
     {"cli"},
-    {"pipeline"},
-    {"engines"},
-    {"formats", "allocation", "submodules", "models", "calibration", "evaluation"},
-    {"targets", "transforms", "rounding"},
+    {"jobs"},
+    {"budgeting", "report"},
+    {"sweep"},
+    {"planning", "evaluation"},
+    {"blockwise", "recipes", "engines"},
+    {"formats", "allocation", "submodules", "models", "calibration"},
+    {"targets", "transforms", "rounding", "storage"},
     {"grids"},
-    {"kernels"},
+    {"kernels", "process"},
     {"core"},
     {"registry", "errors"},
 )
@@ -148,12 +151,16 @@ LONG_DOCSTRING = 'def f():\n    """One.\n' + "\n" * MAX_FUNCTION + '    """\n'
     ("source", "module", "message"),
     [
         ("from mezzotint.formats import gguf", "mezzotint.core.linalg", "core may not import formats"),
-        ("import mezzotint.pipeline.plan", "mezzotint.formats.gguf", "formats may not import pipeline"),
-        ("def f():\n    from mezzotint.models import x", "mezzotint.formats.gguf", "formats may not import models"),
+        ("import mezzotint.planning.plan", "mezzotint.formats.gguf.format", "formats may not import planning"),
+        (
+            "def f():\n    from mezzotint.models import x",
+            "mezzotint.formats.gguf.format",
+            "formats may not import models",
+        ),
         ("from ..grids import uniform", "mezzotint.core.linalg", "core may not import grids"),
         ("from mezzotint import rounding", "mezzotint.targets.qep", "targets may not import rounding"),
         ("from mezzotint.core import x", "mezzotint.errors", "errors may not import core"),
-        ("from mezzotint import quantize", "mezzotint.pipeline.sweep", "from the package itself"),
+        ("from mezzotint import quantize", "mezzotint.sweep.sweep", "from the package itself"),
         ("from mezzotint.testing import x", "mezzotint.cli.main", "nothing imports testing"),
         ("from mezzotint.core import x", "mezzotint.gadgets.main", "part 'gadgets' has no row"),
         ("import os.path", "mezzotint.core.linalg", "it may not import os.path"),
@@ -174,17 +181,17 @@ def test_checker_catches(source, module, message):
 @pytest.mark.parametrize(
     ("source", "module", "is_package"),
     [
-        ("from mezzotint.core.linalg import x", "mezzotint.formats.gguf", False),
+        ("from mezzotint.core.linalg import x", "mezzotint.formats.gguf.format", False),
         ("from mezzotint.errors import x", "mezzotint.registry", False),
         ("from . import uniform\nfrom .lookup import y", "mezzotint.grids", True),
         ("from .. import errors", "mezzotint.core.linalg", False),
         ("from mezzotint.cli import x\nfrom mezzotint import quantize", "mezzotint.testing.strategies", False),
-        ("from mezzotint.pipeline import quantize", "mezzotint", True),
-        ("import os", "mezzotint.pipeline.sweep", False),
+        ("from mezzotint.jobs import quantize", "mezzotint", True),
+        ("import os", "mezzotint.sweep.sweep", False),
         ("class C:\n    def f(self, a, b, c, d, e, *, g): ...", "mezzotint.core.linalg", False),
         (LONG_DOCSTRING, "mezzotint.core.linalg", False),
-        ("try: f()\nexcept BaseException:\n    clean()\n    raise", "mezzotint.pipeline.sweep", False),
-        ("try: f()\nexcept KeyError: pass", "mezzotint.pipeline.sweep", False),
+        ("try: f()\nexcept BaseException:\n    clean()\n    raise", "mezzotint.sweep.sweep", False),
+        ("try: f()\nexcept KeyError: pass", "mezzotint.sweep.sweep", False),
     ],
 )
 def test_checker_accepts(source, module, is_package):

@@ -13,8 +13,8 @@ import typer.main
 from typer.testing import CliRunner
 
 from mezzotint.cli.app import app
-from mezzotint.pipeline.recipe import load_recipe
-from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA, quantized
+from mezzotint.recipes.recipe import load_recipe
+from runs import HELD_OUT, TEXT, TINY_LLAMA, quantized
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -15,7 +15,7 @@ import mezzotint
 from mezzotint.core.structure import Matrix
 from mezzotint.models import Source
 from mezzotint.testing.models import TINY
-from pipeline.runs import HELD_OUT, TINY_LLAMA, assert_same_bits, opened, quantized, stock, tensors_of, tiny
+from runs import HELD_OUT, TINY_LLAMA, assert_same_bits, opened, quantized, stock, tensors_of, tiny
 
 DENSE = {"gpt2", "mixtral", "qwen3_moe", "gpt_oss"}  # Conv1D and stacked experts
 DRAWS = 4

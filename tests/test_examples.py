@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from mezzotint.registry import FORMATS, GRIDS, ROUNDINGS
 from mezzotint.testing import strategies
 from mezzotint.testing.grid_contracts import GRID_CONTRACTS, GridCase
-from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
+from runs import HELD_OUT, TEXT, TINY_LLAMA
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -17,7 +17,7 @@ from benchmarks.peers import table
 from benchmarks.peers.workers import handover
 from safetensors.torch import load_file
 
-from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
+from runs import HELD_OUT, TEXT, TINY_LLAMA
 
 PROTOCOL = {"calibration": str(TEXT), "samples": 4, "seqlen": 32}
 PROTOCOL |= {"text": str(HELD_OUT), "eval_seqlen": 32, "eval_windows": 2}

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import mezzotint
+from mezzotint.blockwise.streams import Streams
 from mezzotint.calibration import consecutive_windows, load_tokenizer
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.core.statistics import Accumulator
+from mezzotint.jobs.output import Output
 from mezzotint.models import open_model
-from mezzotint.pipeline import calibrate, sweep
-from mezzotint.pipeline.output import Output
-from mezzotint.pipeline.streams import Streams
-from pipeline.runs import HELD_OUT, TINY_LLAMA, quantized, request_of, stock, windows_of
+from mezzotint.sweep import calibrate, sweep
 from reference import textbook
+from runs import HELD_OUT, TINY_LLAMA, quantized, request_of, stock, windows_of
 
 SIZES: dict[str, Any] = {"bits": 3, "samples": 16, "seqlen": 64}
 WINDOWS, SEQLEN = 16, 64

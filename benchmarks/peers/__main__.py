@@ -22,10 +22,10 @@ import numpy as np
 
 from benchmarks.__main__ import HERE as BENCHMARKS
 from benchmarks.__main__ import KEPT, call, filled, machine, versions
-from mezzotint.pipeline.calibrate import calibration_windows
-from mezzotint.pipeline.plan import make_plan
-from mezzotint.pipeline.request import CalibrationRequest, Request, resolve_recipe
-from mezzotint.pipeline.source import open_original
+from mezzotint.blockwise.source import open_original
+from mezzotint.planning.plan import make_plan
+from mezzotint.recipes.request import CalibrationRequest, Request, resolve_recipe
+from mezzotint.sweep.calibrate import calibration_windows
 
 HERE = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results" / "peers.json"

@@ -16,10 +16,10 @@ from mezzotint.engines import hook as _hook
 if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
     from mezzotint.evaluation.tasks import TaskScore
-    from mezzotint.pipeline.compare import Compared, Pair
-    from mezzotint.pipeline.plan import Planned
-    from mezzotint.pipeline.recipe import Recipe as Recipe
-    from mezzotint.pipeline.run import Listener
+    from mezzotint.jobs.run import Listener
+    from mezzotint.planning.planned import Planned
+    from mezzotint.recipes.recipe import Recipe as Recipe
+    from mezzotint.report.compare import Compared, Pair
 
 __version__ = version("mezzotint")
 __all__ = [
@@ -41,7 +41,7 @@ _hook.install()
 def __getattr__(name: str) -> Any:
     # Recipe is imported when it is used: pydantic, torch and transformers take seconds
     if name == "Recipe":
-        from mezzotint.pipeline.recipe import Recipe
+        from mezzotint.recipes.recipe import Recipe
 
         return Recipe
     raise AttributeError(f"module 'mezzotint' has no attribute {name!r}")
@@ -69,7 +69,7 @@ def quantize(
     Raises:
         MezzotintError: what is wrong with the request, the model, the text or the disk.
     """
-    from mezzotint.pipeline import budgeted
+    from mezzotint.jobs import quantize as budgeted
 
     return budgeted.quantize(_request(model, recipe, **overrides), Path(out), listener, resume=resume)
 
@@ -88,7 +88,7 @@ def plan(model: str | Path, recipe: "str | Recipe" = "default", **overrides: Any
     Raises:
         MezzotintError: what is wrong with the request or the model.
     """
-    from mezzotint.pipeline import budgeted
+    from mezzotint.jobs import quantize as budgeted
 
     return budgeted.plan(_request(model, recipe, **overrides))[0]
 
@@ -106,7 +106,7 @@ def evaluate(model: str | Path, text: str | Path, *, against: str | Path | None 
     Raises:
         MezzotintError: a folder or the text cannot be used.
     """
-    from mezzotint.pipeline.evaluate import evaluate as run
+    from mezzotint.evaluation.texts import evaluate as run
 
     return run(Path(model), str(text), against=None if against is None else Path(against), **options)
 
@@ -127,8 +127,8 @@ def rotate(
     Raises:
         MezzotintError: the model cannot be rotated exactly; the message says why.
     """
-    from mezzotint.pipeline.rotate import Rotations
-    from mezzotint.pipeline.rotate import rotate as run
+    from mezzotint.jobs.rotate import Rotations
+    from mezzotint.jobs.rotate import rotate as run
 
     return run(Path(model), Path(out), Rotations(**choices), resume=resume, trust_remote_code=trust_remote_code)
 
@@ -145,7 +145,7 @@ def convert(folder: str | Path, form: str, *, out: str | Path, **options: Any) -
     Raises:
         MezzotintError: the format cannot hold what is there without loss; the message says why.
     """
-    from mezzotint.pipeline.convert import convert as run
+    from mezzotint.jobs.convert import convert as run
 
     return run(Path(folder), Path(out), form, **options)
 
@@ -165,7 +165,7 @@ def evaluate_tasks(
     Raises:
         MezzotintError: lm-eval is not installed, a task is unknown, or a folder or data cannot be used.
     """
-    from mezzotint.pipeline.tasks import evaluate_tasks as run
+    from mezzotint.evaluation.scores import evaluate_tasks as run
 
     return run(Path(model), tasks, against=None if against is None else Path(against), **options)
 
@@ -179,7 +179,7 @@ def compare(folders: Sequence[str | Path]) -> "tuple[tuple[Compared, ...], tuple
     Raises:
         MezzotintError: fewer than two, or a folder has no report.
     """
-    from mezzotint.pipeline.compare import compare as run
+    from mezzotint.report.compare import compare as run
 
     return run([Path(folder) for folder in folders])
 
@@ -224,7 +224,7 @@ def _request(
     device: str = "auto",
     **rest: Any,
 ) -> Any:
-    from mezzotint.pipeline.request import CalibrationRequest, Request, resolve_device, resolve_recipe
+    from mezzotint.recipes.request import CalibrationRequest, Request, resolve_device, resolve_recipe
 
     return Request(
         model=Path(model),

@@ -68,7 +68,7 @@ GRIDS = Registry(
         "lookup": "mezzotint.grids.lookup:LookupGrid",
         "vector": "mezzotint.grids.vector:VectorGrid",
         "trellis": "mezzotint.grids.trellis:TrellisGrid",
-        "gguf": "mezzotint.grids.gguf:GgufGrid",
+        "gguf": "mezzotint.grids.gguf.grid:GgufGrid",
     },
 )
 ROUNDINGS = Registry(
@@ -94,6 +94,6 @@ FORMATS = Registry(
         "mezzotint": "mezzotint.formats.native:Native",
         "exl3": "mezzotint.formats.exl3:Exl3",
         "dense": "mezzotint.formats.dense:Dense",
-        "gguf": "mezzotint.formats.gguf:Gguf",
+        "gguf": "mezzotint.formats.gguf.format:Gguf",
     },
 )

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mezzotint.cli.app import app
-from pipeline.runs import TEXT, TINY_LLAMA
+from runs import TEXT, TINY_LLAMA
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli.conftest import SMALL, Answer
-from pipeline.runs import TINY_LLAMA
+from runs import TINY_LLAMA
 
 BUDGET = ("--recipe", "palette", "--bits", "3.6", "--set", "allocation.windows=2")
 

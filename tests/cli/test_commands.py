@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mezzotint.cli import tables
-from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
+from runs import HELD_OUT, TEXT, TINY_LLAMA
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 COMMANDS = ("quantize", "plan", "evaluate", "inspect", "compare", "recipes", "palette", "rotate")
@@ -224,7 +224,7 @@ def test_palette(mezzotint: Run) -> None:
 @pytest.mark.parametrize("step", [1.0, pytest.param(0.125, marks=pytest.mark.slow)])
 def test_the_committed_distortions_are_what_is_measured(step: float) -> None:
     """Of trellises those with so many steps of bits; all other grids."""
-    from mezzotint.pipeline.palette import _committed, gaussian_distortion, members
+    from mezzotint.jobs.palette import _committed, gaussian_distortion, members
 
     weights = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
     for name, grid in members():

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from mezzotint.errors import MezzotintError, RunError, WriteError
-from mezzotint.formats.folder import MARKER, OutputFolder
 from mezzotint.models import open_model
-from mezzotint.pipeline.solve import Solver
-from pipeline.runs import TEXT, TINY_LLAMA, least_memory, quantized
+from mezzotint.storage.folder import MARKER, OutputFolder
+from mezzotint.sweep.solve import Solver
+from runs import TEXT, TINY_LLAMA, least_memory, quantized
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
 Run = Callable[..., Any]
@@ -151,7 +151,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     """SIGKILL while blocks are being written: another process sees no model, and a new run says what lies there."""
     script = (
         "import os, signal, sys\n"
-        "from mezzotint.pipeline import sweep\n"
+        "from mezzotint.sweep import sweep\n"
         "streamed = sweep.Sweep._streamed\n"
         "def kill(self, block, streams):\n"
         "    if block.index == 2:\n"

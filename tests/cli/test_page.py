@@ -16,10 +16,10 @@ from mezzotint.cli.page.charts import Line, line_chart
 from mezzotint.cli.page.markup import seconds
 from mezzotint.cli.page.one import frontier, role_of
 from mezzotint.errors import WriteError
-from mezzotint.pipeline.compare import compare
-from mezzotint.pipeline.report import read_report
-from mezzotint.pipeline.results import read_results
-from pipeline.runs import HELD_OUT, TEXT, TINY_LLAMA
+from mezzotint.report.compare import compare
+from mezzotint.report.report import read_report
+from mezzotint.report.results import read_results
+from runs import HELD_OUT, TEXT, TINY_LLAMA
 
 Run = Callable[..., Any]
 VOID = {"meta", "link"}

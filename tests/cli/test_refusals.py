@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.runs import TEXT, TINY_LLAMA, quantized, tensors_of, tiny
+from runs import TEXT, TINY_LLAMA, quantized, tensors_of, tiny
 
 Refused = Callable[..., str]
 Run = Callable[..., Any]

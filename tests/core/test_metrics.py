@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mezzotint.core import panels
 from mezzotint.core.metrics import energies, h_error, kl_nats, perplexity, sqnr_db, token_nll
-from mezzotint.pipeline.scratch import Scratch
+from mezzotint.storage.scratch import Scratch
 from reference import metrics as twin
 
 SEEDS = st.integers(0, 2**31)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.runs import tiny
+from runs import tiny
 
 
 def made_once(

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 import mezzotint
 from engines.workers import HERE, needs, run_worker, served, version_of
-from mezzotint.formats.gguf import FILE
-from mezzotint.pipeline.recipe import Rule, load_recipe
-from pipeline.runs import HELD_OUT, TINY_LLAMA, quantized, stock
+from mezzotint.formats.gguf.format import FILE
+from mezzotint.recipes.recipe import Rule, load_recipe
+from runs import HELD_OUT, TINY_LLAMA, quantized, stock
 
 ROOT = Path(__file__).parents[2]
 VLLM, LLAMA_CPP, GPTQ = (os.environ.get(f"MEZZOTINT_{name}_PYTHON") for name in ("VLLM", "LLAMA_CPP", "GPTQ"))

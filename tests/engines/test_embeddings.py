@@ -24,7 +24,7 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.grids.vector import VectorGrid
 from mezzotint.models.skeleton import quiet
 from mezzotint.transforms.hadamard import Hadamard
-from pipeline.runs import assert_same_tensors, quantized, tensors_of, tiny
+from runs import assert_same_tensors, quantized, tensors_of, tiny
 
 KINDS = {
     "llama": {"embeddings.kind": "trellis", "embeddings.bits": 4.0},  # its head is its own

@@ -28,8 +28,8 @@ from mezzotint.grids.trellis import TrellisGrid
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.grids.vector import VectorGrid
 from mezzotint.models.skeleton import quiet
-from mezzotint.pipeline.recipe import Recipe, load_recipe
-from pipeline.runs import assert_same_tensors, quantized, stock, tensors_of
+from mezzotint.recipes.recipe import Recipe, load_recipe
+from runs import assert_same_tensors, quantized, stock, tensors_of
 
 TOKENS = torch.arange(3, 51).reshape(2, 24)
 # every kind of grid, with and without a transform, and a head

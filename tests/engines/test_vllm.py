@@ -11,8 +11,8 @@ from torch import Tensor
 
 import mezzotint
 from engines.workers import needs, run_worker
-from mezzotint.pipeline.recipe import Rule, load_recipe
-from pipeline.runs import TINY_LLAMA, quantized, stock
+from mezzotint.recipes.recipe import Rule, load_recipe
+from runs import TINY_LLAMA, quantized, stock
 
 PYTHON = os.environ.get("MEZZOTINT_VLLM_PYTHON")
 WORKER = Path(__file__).parents[1] / "formats" / "vllm_worker.py"

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mezzotint.core.metrics import chunks
 from mezzotint.errors import CalibrationError, NonFiniteError
-from mezzotint.evaluation import Divergence, chunks
+from mezzotint.evaluation import Divergence
 from reference import metrics as twin
 
 

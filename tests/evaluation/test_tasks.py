@@ -1,4 +1,4 @@
-"""Scores of two models side by side, without lm-eval; tests/pipeline/test_tasks.py runs it."""
+"""Scores of two models side by side, without lm-eval; tests/evaluation/test_scores.py runs it."""
 
 import importlib.util
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mezzotint.core.contracts import QuantizedWeight
-from mezzotint.core.files import Entry, Format, Plan, TensorSpec
+from mezzotint.core.plans import Entry, Format, Plan, TensorSpec
 from mezzotint.core.structure import Block, Matrix, ModelMap
-from mezzotint.formats.files import write_json
-from mezzotint.formats.shards import ShardWriter
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.rounding.nearest import Nearest
+from mezzotint.storage.files import write_json
+from mezzotint.storage.shards import ShardWriter
 from mezzotint.targets.weight import WeightTarget
 
 CONFIG = LlamaConfig(

@@ -19,8 +19,8 @@ from transformers import (
 
 from formats.llama import map_of, plan_of, write_folder
 from mezzotint.core.contracts import QuantizedWeight
-from mezzotint.formats.gguf import FILE, Gguf, stored_tensors
-from mezzotint.grids.gguf import GgufGrid
+from mezzotint.formats.gguf.format import FILE, Gguf, stored_tensors
+from mezzotint.grids.gguf.grid import GgufGrid
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_llama"
 SIZES = {

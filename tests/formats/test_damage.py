@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from mezzotint.blockwise.source import open_source
 from mezzotint.errors import FormatError, ModelError
-from mezzotint.pipeline.source import open_source
-from pipeline.runs import TINY_LLAMA, quantized
+from runs import TINY_LLAMA, quantized
 
 MODULE = "model.layers.2.mlp.down_proj"
 KEPT = ("*.self_attn.*", "*.gate_proj", "*.up_proj", "*.[01].mlp.*")  # everything else

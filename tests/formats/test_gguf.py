@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from formats.make_gguf_golden import GOLDEN, TYPES
 from formats.models_for_gguf import CONFIGS, LLAMA3, TOKENIZER, make_model, write_file
 from mezzotint.errors import FormatError
-from mezzotint.formats import gguf_model, gguf_tokens
-from mezzotint.formats.gguf import FILE, export, stored_tensors
-from mezzotint.formats.gguf_file import GgufFile
-from mezzotint.grids.gguf import GgufGrid
+from mezzotint.formats.gguf import model as gguf_model
+from mezzotint.formats.gguf import tokens as gguf_tokens
+from mezzotint.formats.gguf.file import GgufFile
+from mezzotint.formats.gguf.format import FILE, export, stored_tensors
+from mezzotint.grids.gguf.grid import GgufGrid
 
 every_model = pytest.mark.parametrize("name", CONFIGS)
 

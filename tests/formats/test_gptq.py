@@ -16,12 +16,12 @@ from formats.llama import UNIFORM, entry_of, grids_of, make_llama, map_of, plan_
 from formats.make_gptq_golden import packed_by_the_book
 from formats.test_compressed_tensors import assert_same_weight, matrix_of
 from formats.uniform_weights import uniform_weights
+from mezzotint.blockwise.source import open_source
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.errors import FormatError, ModelError
-from mezzotint.formats.checksums import FILE
 from mezzotint.formats.gptq import Gptq, GptqV2, read_grid, reader_of
 from mezzotint.grids.uniform import FittedUniform, UniformGrid
-from mezzotint.pipeline.source import open_source
+from mezzotint.storage.checksums import FILE
 
 GOLDEN = Path(__file__).parent / "golden" / "gptq"
 HALF = replace(UNIFORM, scale_dtype="float16")

@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 
 from formats.imatrix_files import write_binary_imatrix, write_gguf_imatrix
 from mezzotint.errors import FormatError
-from mezzotint.formats.imatrix import read_imatrix
+from mezzotint.formats.gguf.imatrix import read_imatrix
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.ffn_down.weight", "output.weight")
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from engines.workers import needs, run_worker
 from formats.llama import fill
 from formats.models_for_gguf import CONFIGS, make_model, refill, write_file
-from mezzotint.formats.gguf import FILE, export
+from mezzotint.formats.gguf.format import FILE, export
 
 PYTHON = os.environ.get("MEZZOTINT_LLAMA_CPP_PYTHON")
 WORKER = Path(__file__).parent / "llama_cpp_worker.py"

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from formats.llama import CONFIG, entry_of, make_llama, map_of, plan_of
 from mezzotint.core.contracts import Aim, Grid, QuantizedWeight, Transform
-from mezzotint.core.files import Format
+from mezzotint.core.plans import Format
 from mezzotint.core.statistics import padded
 from mezzotint.core.structure import Matrix
 from mezzotint.errors import FormatError
 from mezzotint.formats.decoded import packed_weights
 from mezzotint.formats.native import CHECKSUM, Native, read_schemes
-from mezzotint.grids.gguf import GgufGrid
+from mezzotint.grids.gguf.grid import GgufGrid
 from mezzotint.grids.lookup import LookupGrid
 from mezzotint.grids.trellis import TrellisGrid
 from mezzotint.grids.uniform import UniformGrid

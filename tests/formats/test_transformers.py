@@ -13,7 +13,7 @@ from formats.models_for_gguf import CONFIGS, make_model, refill, write_file
 from mezzotint.core.structure import Matrix
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.dense import Dense
-from mezzotint.formats.gguf import FILE
+from mezzotint.formats.gguf.format import FILE
 from mezzotint.grids.uniform import UniformGrid
 from sums import lay_alike
 

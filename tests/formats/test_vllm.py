@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engines.workers import needs, run_worker
 from formats.llama import CONFIG, Choice, fill, make_llama, write_folder
-from mezzotint.core.files import Format
+from mezzotint.core.plans import Format
 from mezzotint.core.structure import Matrix
 from mezzotint.formats.compressed_tensors import CompressedTensors
 from mezzotint.formats.gptq import Gptq, GptqV2

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezzotint.errors import ConfigError
-from mezzotint.grids.gguf import GgufGrid
-from mezzotint.grids.gguf_types import BLOCK_TYPES
+from mezzotint.grids.gguf.grid import GgufGrid
+from mezzotint.grids.gguf.types import BLOCK_TYPES
 from mezzotint.rounding.gptq import Gptq
 from mezzotint.testing.problems import ProblemSettings, make_problem
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mezzotint.errors import ModelError
 from mezzotint.models import open_model
 from mezzotint.models.inner import attended, attention_unseen, last_input
-from mezzotint.pipeline.parts import Place, places
+from mezzotint.planning.parts import Place, places
 from mezzotint.submodules.scores import Mixer, Pair, Pattern
 from mezzotint.testing.models import TINY, VOCABULARY
-from pipeline.runs import stock
+from runs import stock
 
 Folder = Callable[[str], Path]
 FALCONS = {"falcon_multi_query", "falcon_new_decoder"}  # their attention is their own code

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from mezzotint.core.contracts import Block, ModelMap, NormEdge
 from mezzotint.errors import ModelError
-from mezzotint.models import Source, generic
+from mezzotint.models import Source, infer_map
 from mezzotint.models.skeleton import build_skeleton
 from mezzotint.testing.models import TINY
 
@@ -232,7 +232,7 @@ def test_the_skeleton_is_empty_afterwards(tiny_source: Open) -> None:
 
 def test_model_that_needs_values_is_mapped_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tiny_source: Open) -> None:
     """Without data a forward pass may fail; then zeros take its place, and the map is the same."""
-    original, devices = generic.watch, []
+    original, devices = infer_map.watch, []
 
     def watch(skeleton: torch.nn.Module, blocks: list[torch.nn.Module], device: str) -> object:
         devices.append(device)
@@ -240,10 +240,10 @@ def test_model_that_needs_values_is_mapped_on_the_cpu(monkeypatch: pytest.Monkey
             raise RuntimeError("needs values")
         return original(skeleton, blocks, device)
 
-    monkeypatch.setattr(generic, "watch", watch)
+    monkeypatch.setattr(infer_map, "watch", watch)
     for name in ("llama", "mixtral", "gpt_neox"):
         source = tiny_source(name)
-        assert comparable(generic.infer(source.skeleton, source.checkpoint)) == comparable(source.map)
+        assert comparable(infer_map.infer(source.skeleton, source.checkpoint)) == comparable(source.map)
         assert {p.device.type for p in source.skeleton.parameters()} == {"meta"}
     assert devices == ["meta", "cpu"] * 3
 
@@ -259,4 +259,4 @@ def test_model_without_blocks_is_refused() -> None:
         hidden_size=32, intermediate_size=32, num_hidden_layers=0, num_attention_heads=2, vocab_size=64
     )
     with pytest.raises(ModelError, match="no list of modules"):
-        generic.infer(build_skeleton(config), None)
+        infer_map.infer(build_skeleton(config), None)

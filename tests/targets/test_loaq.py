@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mezzotint.core.statistics import Accumulator
 from mezzotint.errors import ConfigError
-from mezzotint.pipeline.tokens import Compared, normed
+from mezzotint.sweep.statistics import Compared, normed
 from mezzotint.targets.loaq import Loaq
 from mezzotint.targets.qep import Qep, quadratic_of
 from mezzotint.testing import strategies

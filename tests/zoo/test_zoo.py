@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mezzotint.models.skeleton import quiet
-from pipeline.runs import assert_same_tensors, stock
+from runs import assert_same_tensors, stock
 from zoo import page, walk
 from zoo.models import make, names
 from zoo.tables import EXCLUDED, SETTINGS, VARIANTS
@@ -118,7 +118,7 @@ def test_what_a_step_raises_is_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     refused, late = outcome_of("refused", "plan"), outcome_of("refused", "quantize")
     assert (refused.status, late.status) == (walk.REFUSED, walk.WRONG)
     assert "whole bits" in refused.what
-    assert refused.where.startswith("pipeline/request.py:")
+    assert refused.where.startswith("recipes/request.py:")
     crashed = outcome_of("crashed", "quantize")
     assert crashed.status == walk.CRASH
     assert crashed.what.startswith("RuntimeError: ")

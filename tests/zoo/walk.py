@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mezzotint
+from mezzotint.blockwise.source import open_source
+from mezzotint.blockwise.whole import dense_model
 from mezzotint.errors import MezzotintError
 from mezzotint.models import open_model
 from mezzotint.models.skeleton import quiet
-from mezzotint.pipeline.dense import dense_model
-from mezzotint.pipeline.source import open_source
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = DATA / "tiny_text.txt"

@@ -12,8 +12,8 @@ from mezzotint.cli.plots import save
 from mezzotint.cli.tables import size
 
 if TYPE_CHECKING:
-    from mezzotint.pipeline.allocate import Allocated, Point
-    from mezzotint.pipeline.plan import Planned
+    from mezzotint.budgeting.allocate import Allocated, Point
+    from mezzotint.planning.planned import Planned
 
 _SHOWN = 12
 _COLOURS = ("grey37", "blue", "cyan", "green", "yellow", "red")  # few bits to many

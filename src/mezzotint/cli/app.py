@@ -17,7 +17,7 @@ from mezzotint.cli import tables
 from mezzotint.cli.options import Asked, Engine, Json, Model, RecipeName, asks
 from mezzotint.cli.stop import stopping, undisturbed
 from mezzotint.errors import ConfigError, MezzotintError, RunError
-from mezzotint.pipeline.request import Request
+from mezzotint.recipes.request import Request
 
 app = typer.Typer(
     name="mezzotint",
@@ -61,7 +61,7 @@ def quantize(
     """Quantize a model folder into another folder."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline import budgeted  # torch and transformers take a second to import
+        from mezzotint.jobs import quantize as budgeted
 
         request = asked.request(model, recipe, engine)
         if dry_run:
@@ -102,7 +102,7 @@ def recipes(*, as_json: Json = False) -> None:
     """List every recipe that has a name, with its paper."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline.recipe import presets
+        from mezzotint.recipes.recipe import presets
 
         found = {name: recipe.model_dump(mode="json") for name, recipe in presets().items()}
         if not as_json:
@@ -123,7 +123,7 @@ def palette(
     """List every grid: bits, error on Gaussian weights against the bound, decode speed here, engines."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline.palette import palette as members
+        from mezzotint.jobs.palette import palette as members
 
         found = list(members(measure=measure))
         if not as_json:
@@ -137,7 +137,8 @@ def _planned(request: Request, console: Console | None, plot: Path | None) -> di
     """Plan, and allocate where bits are left to a budget; show it, and give it as JSON."""
     from mezzotint.cli import allocations
     from mezzotint.cli.plots import check_plot
-    from mezzotint.pipeline import budgeted, report
+    from mezzotint.jobs import quantize as budgeted
+    from mezzotint.report import report
 
     check_plot(plot)
     if plot is not None and request.recipe.stages().allocation is None:

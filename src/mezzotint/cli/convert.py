@@ -32,7 +32,7 @@ def convert(
     """Write a quantized folder in another format, with the same codes and scales."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline.convert import convert as run
+        from mezzotint.jobs.convert import convert as run
 
         with tables.bar(errors, "converting") as progress:
             result = run(

@@ -12,7 +12,7 @@ from mezzotint.cli import tables
 from mezzotint.cli.app import app, errors, finish
 from mezzotint.cli.options import Asked, Device, Json, Memory, Model, Trust, asks
 from mezzotint.errors import ConfigError
-from mezzotint.pipeline.request import parse_bytes, resolve_device
+from mezzotint.recipes.request import parse_bytes, resolve_device
 
 if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
@@ -70,8 +70,8 @@ def evaluate(
     """Perplexity on a text and tasks, and how far they are from the original's (KL in nats per token)."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline import evaluate as texts
-        from mezzotint.pipeline.tasks import evaluate_tasks
+        from mezzotint.evaluation import texts as texts
+        from mezzotint.evaluation.scores import evaluate_tasks
 
         if text is None and tasks is None:
             raise ConfigError("nothing to measure. Give --text FILE, --tasks NAMES, or both.")
@@ -140,7 +140,7 @@ def inspect(
         if not drift:
             return _inspected(folder, html, prompt, against, device=asked.device, as_json=as_json)
         from mezzotint.cli.plots import check_plot, plot_drift
-        from mezzotint.pipeline.drift import measure_drift
+        from mezzotint.jobs.drift import measure_drift
 
         check_plot(plot)
         requests = [asked.request(folder, name, "dense") for name in recipe or ("rtn", "qep-rtn")]
@@ -166,7 +166,7 @@ def compare(
 
     def work() -> dict[str, Any]:
         from mezzotint.cli.page import check_page, comparison, write_page
-        from mezzotint.pipeline.compare import compare as run
+        from mezzotint.report.compare import compare as run
 
         check_page(html)
         found, pairs = run(folders)
@@ -186,7 +186,7 @@ def _check_results(folder: Path) -> None:
         ConfigError: there is no folder.
         ModelError: the results in it are damaged.
     """
-    from mezzotint.pipeline.results import read_results
+    from mezzotint.report.results import read_results
 
     if not folder.is_dir():
         raise ConfigError(f"--keep-results writes into {str(folder)!r}, which is no folder. Leave it out.")
@@ -204,7 +204,7 @@ def _told(
 ) -> dict[str, Any]:
     """Keep and show what was measured; gives it for JSON."""
     if keep:
-        from mezzotint.pipeline import card, results
+        from mezzotint.report import card, results
 
         results.keep_results(model, text=text, tasks=tasks, against=against)
         card.update_card(model)
@@ -229,14 +229,14 @@ def _inspected(
     folder: Path, html: Path | None, prompt: str | None, against: Path | None, *, device: str, as_json: bool
 ) -> dict[str, Any]:
     from mezzotint.cli.page import check_page, single, write_page
-    from mezzotint.pipeline.report import read_report
+    from mezzotint.report.report import read_report
 
     check_page(html)
     _idle("--html", html, {"--prompt": prompt})
     report = read_report(folder)
     if html is not None:
-        from mezzotint.pipeline.results import read_results
-        from mezzotint.pipeline.samples import Sample, write_samples
+        from mezzotint.jobs.samples import Sample, write_samples
+        from mezzotint.report.results import read_results
 
         written: Sequence[Sample] = ()
         if prompt is not None:

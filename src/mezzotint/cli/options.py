@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from mezzotint.errors import ConfigError
-from mezzotint.pipeline.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
 
 Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and tokenizer.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mezzotint.errors import ConfigError, WriteError
 
 if TYPE_CHECKING:
-    from mezzotint.pipeline.drift import Drift
+    from mezzotint.jobs.drift import Drift
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -38,8 +38,8 @@ def rotate(
     """Rotate a model into one that computes the same and has fewer outliers; quantize that one."""
 
     def work() -> dict[str, Any]:
-        from mezzotint.pipeline.rotate import Rotations
-        from mezzotint.pipeline.rotate import rotate as run
+        from mezzotint.jobs.rotate import Rotations
+        from mezzotint.jobs.rotate import rotate as run
 
         choices = Rotations(residual=residual, heads=heads, untie=untie, dtype=dtype, seed=seed)
         with tables.bar(errors, "comparing") as progress:

@@ -6,7 +6,7 @@ Everything is computed in float32 or wider; float64 input gives float64 results.
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from mezzotint.core import panels
@@ -172,3 +172,26 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+# of float32 size: the logits of two models and three temporaries of the divergence
+LOGIT_COPIES = 5
+
+
+def chunks(seqlen: int, vocab: int, budget_bytes: int) -> tuple[Int64[Tensor, " positions"], ...]:
+    """Consecutive pieces of the positions ``0 .. seqlen - 2``: those whose next token is in the window too.
+
+    With ``t`` one of them, ``hidden[t]`` gives the logits and ``tokens[t + 1]`` the targets. The logits of two models
+    and the temporaries of `Divergence.add` fit the budget, in float32; one position is the least.
+
+    Args:
+        seqlen: tokens per window.
+        vocab: entries of a row of logits.
+        budget_bytes: what may live at once.
+
+    Example:
+        >>> [piece.tolist() for piece in chunks(6, 1000, 40_000)]
+        [[0, 1], [2, 3], [4]]
+    """
+    size = max(1, budget_bytes // (LOGIT_COPIES * torch.float32.itemsize * vocab))
+    return torch.arange(seqlen - 1).split(size)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mezzotint.core.metrics import kl_nats, perplexity, token_nll
@@ -22,8 +22,6 @@ PERCENTILES: Mapping[str, float] = {
     "p99.9": 99.9,
     "max": 100.0,
 }
-# of float32 size: the logits of two models and three temporaries of the divergence
-LOGIT_COPIES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,25 +220,6 @@ class Divergence:
             "top1_stderr": stderr([float(sums.agreed) for sums in windows]),
             "flips": {name: sum(getattr(sums, name) for sums in windows) / tokens for name in ("lost", "gained")},
         }
-
-
-def chunks(seqlen: int, vocab: int, budget_bytes: int) -> tuple[Int64[Tensor, " positions"], ...]:
-    """Consecutive pieces of the positions ``0 .. seqlen - 2``: those whose next token is in the window too.
-
-    With ``t`` one of them, ``hidden[t]`` gives the logits and ``tokens[t + 1]`` the targets. The logits of two models
-    and the temporaries of `Divergence.add` fit the budget, in float32; one position is the least.
-
-    Args:
-        seqlen: tokens per window.
-        vocab: entries of a row of logits.
-        budget_bytes: what may live at once.
-
-    Example:
-        >>> [piece.tolist() for piece in chunks(6, 1000, 40_000)]
-        [[0, 1], [2, 3], [4]]
-    """
-    size = max(1, budget_bytes // (LOGIT_COPIES * torch.float32.itemsize * vocab))
-    return torch.arange(seqlen - 1).split(size)
 
 
 def _finite_sum(values: Float[Tensor, " tokens"], whose: str, window: int) -> float:

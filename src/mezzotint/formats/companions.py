@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from mezzotint.errors import ModelError
-from mezzotint.formats.files import write_bytes
+from mezzotint.storage.files import write_bytes
 
 # What a tokenizer, a generation or a processor reads. A list of what may come, not of what may not: an unknown file can
 # be a pickle under any name. config.json and README.md are the caller's to write.

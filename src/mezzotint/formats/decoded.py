@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.core.files import Format, PackedWeight
+from mezzotint.core.plans import Format, PackedWeight
 from mezzotint.errors import ModelError
-from mezzotint.formats import gguf
+from mezzotint.formats.gguf import format as gguf
 from mezzotint.registry import FORMATS
 
 

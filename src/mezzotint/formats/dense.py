@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
+from mezzotint.core.plans import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 
 

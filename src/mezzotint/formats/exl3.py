@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
+from mezzotint.core.plans import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 from mezzotint.formats.schemes import refuses_linear
 from mezzotint.formats.targets import module_of

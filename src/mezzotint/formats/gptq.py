@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mezzotint import kernels
 from mezzotint.core.contracts import Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
+from mezzotint.core.plans import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError
 from mezzotint.formats.schemes import (
     Scheme,

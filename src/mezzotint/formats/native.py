@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mezzotint.core.contracts import Basis, Grid, Matrix, ModelMap, QuantizedWeight, Transform
-from mezzotint.core.files import Entry, PackedWeight, Plan, Refusal, TensorSpec
+from mezzotint.core.plans import Entry, PackedWeight, Plan, Refusal, TensorSpec
 from mezzotint.errors import FormatError, unknown
 from mezzotint.formats.schemes import check_present
 from mezzotint.formats.targets import module_of, refuses_tied

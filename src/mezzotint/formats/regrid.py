@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 
 from mezzotint.core.contracts import QuantizedWeight
-from mezzotint.core.files import Refusal
+from mezzotint.core.plans import Refusal
 from mezzotint.errors import FormatError
 from mezzotint.formats.decoded import PackedWeight
 from mezzotint.formats.schemes import uniform_grid
-from mezzotint.grids.gguf import FittedGguf, GgufGrid
-from mezzotint.grids.gguf_types import BlockType
+from mezzotint.grids.gguf.grid import FittedGguf, GgufGrid
+from mezzotint.grids.gguf.types import BlockType
 from mezzotint.grids.uniform import FittedUniform
 
 INTEGERS = ("compressed-tensors", "gptq", "gptq-v2")  # formats of uniform integers

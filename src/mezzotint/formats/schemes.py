@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.contracts import Grid, Matrix, ModelMap
-from mezzotint.core.files import Entry, Format, PackedWeight, Plan, Refusal
+from mezzotint.core.plans import Entry, Format, PackedWeight, Plan, Refusal
 from mezzotint.errors import FormatError
 from mezzotint.formats.targets import refuses_tied
 from mezzotint.grids.uniform import UniformGrid

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 
-from mezzotint.core.files import Refusal
+from mezzotint.core.plans import Refusal
 from mezzotint.core.structure import Matrix, ModelMap
 
 _EXPERTS = ".experts"

@@ -11,7 +11,7 @@ from mezzotint.core.contracts import ModelMap
 from mezzotint.errors import ModelError
 from mezzotint.models.binding import BoundCheckpoint
 from mezzotint.models.checkpoint import Checkpoint, check_folder
-from mezzotint.models.generic import infer
+from mezzotint.models.infer_map import infer
 from mezzotint.models.skeleton import build_skeleton, dematerialize, load_config, materialize
 
 __all__ = ["Checkpoint", "Decoder", "Source", "dematerialize", "materialize", "open_model"]

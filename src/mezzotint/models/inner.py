@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from mezzotint.errors import ModelError
-from mezzotint.models.generic import run_without_data
+from mezzotint.models.infer_map import run_without_data
 
 IMPLEMENTATION = "mezzotint_observed"
 

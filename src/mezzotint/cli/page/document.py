@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mezzotint.cli.page.markup import Markup, tag, text
 from mezzotint.errors import ConfigError, WriteError
-from mezzotint.formats.files import text_bytes
+from mezzotint.storage.files import text_bytes
 
 
 def document(title: str, subtitle: str, sections: list[Markup], version: str) -> str:

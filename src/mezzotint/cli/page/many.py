@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mezzotint.cli.page.charts import Line, Whisker, line_chart, whiskers
 from mezzotint.cli.page.document import document
 from mezzotint.cli.page.markup import Markup, code, number, seconds, section, size, table, tag, text
-from mezzotint.pipeline.compare import Compared, Pair
+from mezzotint.report.compare import Compared, Pair
 
 
 def comparison(found: Sequence[Compared], pairs: Sequence[Pair]) -> str:

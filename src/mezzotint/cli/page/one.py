@@ -9,7 +9,7 @@ from mezzotint.cli.page.charts import Cell, Line, bars, heat_map, line_chart
 from mezzotint.cli.page.document import document
 from mezzotint.cli.page.markup import Markup, code, facts, number, seconds, section, size, table, tag, text
 from mezzotint.cli.page.measured import measured
-from mezzotint.pipeline.command import recipe_yaml
+from mezzotint.report.command import recipe_yaml
 
 Report = Mapping[str, Any]
 _INSIDE = re.compile(r"^.*?\.(\d+)\.(.*)$")

@@ -1,0 +1,1 @@
+"""Running a model block by block in bounded memory, forward and back."""

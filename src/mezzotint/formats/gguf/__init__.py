@@ -1,0 +1,1 @@
+"""GGUF files: their layout, names of models and tokenizers, importance matrices."""

@@ -1,0 +1,1 @@
+"""Block types of GGUF as grids."""

@@ -1,1 +1,0 @@
-"""From a request to a finished folder: recipe, plan, sweep, report."""

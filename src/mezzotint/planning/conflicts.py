@@ -1,0 +1,84 @@
+"""Stages that cannot serve each other."""
+
+from collections.abc import Iterator
+
+from mezzotint.core.contracts import Matrix, Refinement
+from mezzotint.core.plans import Entry
+from mezzotint.errors import ConfigError
+from mezzotint.grids.uniform import UniformGrid
+from mezzotint.recipes.recipe import Stages
+
+
+def check_stages(matrix: str, stages: Stages) -> None:
+    """Refuse stages that are wrong together by mathematics.
+
+    Raises:
+        ConfigError: says which, why, and what to use instead.
+    """
+    if not stages.rounding.accepts_corrected and stages.submodules is not None:
+        raise ConfigError(
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; what submodules aim at is already "
+            "corrected, and that counts twice. Use rounding.kind=gptq, or submodules.kind=none."
+        )
+    if not stages.rounding.accepts_corrected and "drift" in stages.target.needs:
+        raise ConfigError(
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target "
+            f"{stages.target.kind!r} that counts twice. Use target.kind=weight, or rounding.kind=gptq."
+        )
+    if stages.rounding.scalar_only and stages.grid.tile != (1, 1):
+        raise ConfigError(
+            f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
+            "Use rounding.kind=gptq."
+        )
+    refusals = list(_refusals(stages))
+    if refusals:  # all at once: a grid that one cannot serve, the other often cannot either
+        reasons = "; ".join(f"{stage} {reason}" for stage, reason in refusals)
+        remedies = " and ".join(f"{stage}.kind=none" for stage, _ in refusals)
+        raise ConfigError(f"{matrix}: {reasons}. Use {remedies}.")
+
+
+def _refusals(stages: Stages) -> Iterator[tuple[str, str]]:
+    """Optional stages that cannot serve the others, with what they are and why."""
+    if stages.curvature is not None and (reason := _refuses_curvature(stages)) is not None:
+        yield "curvature", f"{stages.curvature.kind!r} {reason}"
+    if stages.refinement is not None and (reason := _refuses_refinement(stages, stages.refinement)) is not None:
+        yield "refinement", f"{stages.refinement.kind!r} {reason}"
+
+
+def _refuses_curvature(stages: Stages) -> str | None:
+    """Why the other stages know nothing of the curvature in outputs, or change what outputs are, or None."""
+    if stages.rounding.kind != "gptq":
+        return f"is for rounding.kind=gptq, and this one is {stages.rounding.kind!r}"
+    if not isinstance(stages.grid, UniformGrid):
+        return f"is for grids of kind uniform, not {stages.grid.kind!r}"
+    if stages.transform is not None:
+        return f"is measured on the model as it is, and transform {stages.transform.kind!r} changes it"
+    return None
+
+
+def _refuses_refinement(stages: Stages, refinement: Refinement) -> str | None:
+    """Why the grid cannot be refined, or what was rounded must not be, or None."""
+    if not stages.rounding.accepts_corrected:
+        kind = stages.rounding.kind
+        return f"moves codes towards the target, and would take back what rounding {kind!r} corrects beside it"
+    return refinement.refuses(stages.grid)
+
+
+def check_compensation(entry: Entry, matrix: Matrix) -> None:
+    """Refuse what an adapter cannot hold.
+
+    Raises:
+        ConfigError: the matrix is not the weight of an nn.Linear, or submodules would change the codes once more.
+    """
+    if entry.compensation is None:
+        return
+    if entry.submodules is not None:
+        raise ConfigError(
+            "compensation is for given codes, and submodules change codes after statistics were taken. "
+            "Use submodules.kind=none or compensation.kind=none."
+        )
+    if not matrix.linear or matrix.expert is not None:
+        raise ConfigError(
+            f"{matrix.name} is not the weight of an nn.Linear, and an adapter holds nothing else. Leave it out with "
+            "{match: ..., set: {compensation.kind: none}}."
+        )

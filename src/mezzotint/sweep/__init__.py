@@ -1,0 +1,1 @@
+"""Quantizing a model block by block: collect sums, fold, solve each matrix, pass on."""
