@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allocation.exact import allocate_exact
 from allocation.problems import INTEGERS, QUARTERS, SIXTEENTHS, WEIGHTS, budget, items_of, menus, model
-from mezzotint.allocation import Allocation, Choice, Item, allocate, allocate_exact, frontier, joint
+from mezzotint.allocation import Allocation, Choice, Item, allocate, frontier, joint
 from mezzotint.allocation import budget as module
 from mezzotint.allocation.core import Regrets, search
 from mezzotint.allocation.table import flatten, prune, size_budget, time_budget

@@ -59,21 +59,6 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Members of a class that share a grid and a launch: all of them, some, or one alone."""
-
-    names: tuple[str, ...]
-    label: Hashable
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Label of a joint choice of several members: what every one of them gets, and which run fused."""
-
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
     """One choice for every item.
 
@@ -99,19 +84,9 @@ class Allocation:
         return (self.loss - self.bound) / self.loss if self.loss else 0.0
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """What is launched, classes taken apart as their choice says: an item that is no class is one part."""
-        return tuple(part for name, choice in self.choices.items() for part in parts_of(name, choice))
-
-    @property
     def labels(self) -> Mapping[str, Hashable]:
-        """Label of every item, or of every member where an item is a class."""
-        return {name: part.label for part in self.parts for name in part.names}
-
-
-def parts_of(name: str, choice: Choice) -> tuple[Part, ...]:
-    """The parts of an item with that choice."""
-    return choice.label.parts if isinstance(choice.label, Parts) else (Part(names=(name,), label=choice.label),)
+        """Label of every item."""
+        return {name: choice.label for name, choice in self.choices.items()}
 
 
 def total(choices: Mapping[str, Choice], *, bound: float | None, time_constant: float = 0.0, method: str) -> Allocation:

@@ -217,23 +217,6 @@ class Format(Protocol):
         ...
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """Writes tensors of a known list as they come."""
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Write one tensor of the list."""
-        ...
-
-    def copy(self, name: str, path: Path, offset: int) -> None:
-        """Copy the bytes of one tensor of the list from a file, unchanged."""
-        ...
-
-    def close(self) -> None:
-        """Check that every tensor of the list was written, and sync the files."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationPlan:
     """Calibration as it will be run."""
