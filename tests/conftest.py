@@ -1,5 +1,6 @@
 """What all tests share: a fixed stream of examples and one thread, so that a run repeats bit for bit; tiny models."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import sums
+from mezzotint.storage.cache import LIMIT
 from runs import tiny
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -16,6 +18,7 @@ settings.register_profile("thorough", max_examples=1000, **_COMMON)
 settings.load_profile("default")
 
 sums.set_up()
+os.environ[LIMIT] = "0"  # every test computes for itself
 
 
 @pytest.fixture(scope="session")

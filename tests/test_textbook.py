@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import mezzotint
-from mezzotint.blockwise.streams import Streams
+from mezzotint.blockwise.streams import Resources
 from mezzotint.calibration import consecutive_windows, load_tokenizer
 from mezzotint.core.contracts import QuantizedWeight
 from mezzotint.core.statistics import Accumulator
 from mezzotint.jobs.output import Output
 from mezzotint.models import open_model
-from mezzotint.sweep import calibrate, sweep
+from mezzotint.sweep import job, sweep
 from reference import textbook
 from runs import HELD_OUT, TINY_LLAMA, quantized, request_of, stock, windows_of
 
@@ -88,7 +88,7 @@ def test_every_matrix_is_the_textbooks_after_the_same_prefix(kept: Kept, tmp_pat
 
 def test_the_whole_run_is_the_textbooks(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With streams and sums in float64 no code differs, so the textbook goes all the way by itself."""
-    monkeypatch.setattr(calibrate, "Streams", partial(Streams, dtype=torch.float64))
+    monkeypatch.setattr(job, "Resources", partial(Resources, dtype=torch.float64))
     monkeypatch.setattr(sweep, "Accumulator", partial(Accumulator, dtype=torch.float64))
     options = SIZES | {"settings": {"grid.group_size": 32}}
     report = quantized(TINY_LLAMA, tmp_path / "out", **options)

@@ -15,7 +15,7 @@ from mezzotint.blockwise.backward import Backward
 from mezzotint.blockwise.batches import batches_of
 from mezzotint.blockwise.borders import Borders
 from mezzotint.blockwise.bypass import Call, Passage, Returned, surroundings
-from mezzotint.blockwise.streams import Streams
+from mezzotint.blockwise.streams import Resources, Streams
 from mezzotint.calibration import Windows
 from mezzotint.evaluation.texts import run_blocks
 from mezzotint.models import Source, dematerialize, materialize, open_model
@@ -64,10 +64,8 @@ def test_streams_go_on_where_they_were_saved(name: str, folder: Any, tmp_path: P
             source,
             windows_of(3),
             windows_of(2),
+            Resources(folder=tmp_path),
             original_fit=True,
-            folder=tmp_path,
-            stream_bytes=None,
-            keep_runs=True,
             saved=saved,
         )
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mezzotint.blockwise.batches import BATCH_TOKENS, batches_of
 from mezzotint.blockwise.bypass import surroundings
-from mezzotint.blockwise.streams import Streams
+from mezzotint.blockwise.streams import Resources, Streams
 from mezzotint.calibration import Windows
 from mezzotint.errors import NonFiniteError
 from mezzotint.models import open_model
@@ -47,9 +47,7 @@ def test_one_window_in_eight_is_held_out(count: int, seed: int) -> None:
 
 def test_fit_and_held_out_windows_never_share_a_batch(tmp_path: Path) -> None:
     source = open_model(TINY_LLAMA)
-    made = Streams(
-        source, windows(5, 16), windows(2, 16), original_fit=False, folder=tmp_path, stream_bytes=None, keep_runs=True
-    )
+    made = Streams(source, windows(5, 16), windows(2, 16), Resources(folder=tmp_path), original_fit=False)
     assert [(batch.tokens.shape[0], batch.held_out) for batch in made.batches] == [(5, False), (2, True)]
     made.close()
     assert all(parameter.device.type == "meta" for parameter in source.skeleton.parameters())
@@ -81,9 +79,7 @@ def test_logits_from_the_last_block_are_the_models() -> None:
 
 def test_a_model_that_overflows_is_named(tmp_path: Path) -> None:
     source = open_model(TINY_LLAMA)
-    made = Streams(
-        source, windows(3, 8), windows(1, 8), original_fit=True, folder=tmp_path, stream_bytes=None, keep_runs=True
-    )
+    made = Streams(source, windows(3, 8), windows(1, 8), Resources(folder=tmp_path), original_fit=True)
     with pytest.raises(NonFiniteError, match="block 1 of the original gives NaN or infinity"):
         made.run_original(1, _Overflow(), {})
     made.close()

@@ -26,6 +26,7 @@ from mezzotint.models import Source
 from mezzotint.planning.plan import make_plan
 from mezzotint.report.report import REPORT_NAME
 from mezzotint.rounding.gptq import Gptq
+from mezzotint.sweep.job import Job
 from runs import TINY_LLAMA, opened, plan_of, quantized, request_of, stock, windows_of
 from twins import run
 
@@ -37,7 +38,7 @@ def found(recipe: str = "palette", settings: dict[str, Any] | None = None, **opt
     request = request_of(
         TINY_LLAMA, recipe, settings={"allocation.kind": "knapsack", **FAST, **(settings or {})}, **options
     )
-    return allocated(open_original(TINY_LLAMA), request)
+    return allocated(Job(request))
 
 
 def bits_of(result: Allocated) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """How much a model loses for an error in a matrix, as numbers."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +38,26 @@ class Sensitivity:
         trace = 2.0 * fisher / energy if energy else 0.0
         rows = torch.full((weight.shape[0],), trace / weight.shape[0], dtype=torch.float64)
         return cls(energy=energy, rows=rows, columns=None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For `of_tensors`: everything, by name."""
+        error = float("nan") if self.relative_error is None else self.relative_error
+        return {
+            "rows": self.rows,
+            "numbers": torch.tensor([self.energy, error], dtype=torch.float64),
+            **({} if self.columns is None else {"columns": self.columns}),
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Sensitivity":
+        """What gave these `tensors`."""
+        energy, error = tensors["numbers"].tolist()
+        return cls(
+            energy=energy,
+            rows=tensors["rows"],
+            columns=tensors.get("columns"),
+            relative_error=None if math.isnan(error) else error,
+        )
 
     def of_rows(self, rows: slice) -> "Sensitivity":
         """Of some rows that stand for all: their part of the trace counts as the whole."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,29 @@ def _state(saved: Saved, name: str, batch: Batch) -> dict[str, Tensor]:
     return {key: torch.cat([saved.read(row + key) for row in rows]) for key in kept}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What streams may take, and how they compute.
+
+    Attributes:
+        folder: where hidden states and sums are spilled.
+        stream_bytes: of hidden states that may stay in memory; None is no limit.
+        keep_runs: batches may wait inside a block.
+        panels: wide squares of sums lie in files.
+        device: where blocks run.
+        dtype: of hidden states.
+        precision: of matrix products in blocks and sums, see `products_in`.
+    """
+
+    folder: Path
+    stream_bytes: int | None = None
+    keep_runs: bool = True
+    panels: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
+
+
 class Streams:
     """Both streams over the batches of this rank.
 
@@ -55,13 +79,8 @@ class Streams:
         source: the original.
         fit: windows for statistics.
         held_out: windows for errors and decisions.
+        resources: memory, files and device.
         original_fit: carry the full-precision stream of the fit windows too.
-        folder: where streams are spilled.
-        stream_bytes: of hidden states that may stay in memory; None is no limit.
-        keep_runs: batches may wait inside a block.
-        panels: wide squares of sums lie in files.
-        dtype: of hidden states.
-        precision: of matrix products in blocks and sums, see `products_in`.
         saved: hidden states to start from, of an earlier `save` on every rank; None starts from the tokens.
         ranks: that share the batches.
 
@@ -79,32 +98,27 @@ class Streams:
         source: Source,
         fit: Windows,
         held_out: Windows,
+        resources: Resources,
         *,
         original_fit: bool,
-        folder: Path,
-        stream_bytes: int | None,
-        keep_runs: bool,
-        panels: bool = False,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        precision: str = "float32",
         saved: Saved | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        folder, device, dtype = resources.folder, resources.device, resources.dtype
         self.dtype = dtype
         self.ranks = ranks
-        self.storage = partial(Scratch, folder, "sums") if panels else None
-        self._precision = precision
+        self.storage = partial(Scratch, folder, "sums") if resources.panels else None
+        self._precision = resources.precision
         gains = torch.device(device).type == "cpu" and dtype == torch.float32 and multiplies_bfloat16()
-        self.factors = torch.bfloat16 if precision == "bfloat16" and gains else None
+        self.factors = torch.bfloat16 if resources.precision == "bfloat16" and gains else None
         self.fitted = len(fit)
         whole = [*batches_of(fit, False), *batches_of(held_out, True, len(fit))]
         own = dealt([len(batch.tokens) for batch in whole], ranks.size)[ranks.number]
         self.batches = [whole[index] for index in own]
         self._source = source
-        self._keep_runs = keep_runs
+        self._keep_runs = resources.keep_runs
         self._device = device
-        budget = Budget(stream_bytes)
+        budget = Budget(resources.stream_bytes)
         self._quantized = Store(budget, folder)
         self._original = Store(budget, folder)
         self._carried = [i for i, batch in enumerate(self.batches) if batch.held_out or original_fit]

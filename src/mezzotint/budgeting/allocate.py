@@ -1,13 +1,12 @@
 """From a budget to one grid for every matrix: sensitivities, prices, the knapsack, and the guard that measures it."""
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from mezzotint.allocation import Choice, Item, allocate, frontier
 from mezzotint.allocation.knapsack import Knapsack
@@ -17,6 +16,7 @@ from mezzotint.budgeting.latency import Latency
 from mezzotint.budgeting.noise import noise_insertion
 from mezzotint.budgeting.pricing import Label, Price, menus, price, setting_of
 from mezzotint.budgeting.sensitivity import measure_sensitivity
+from mezzotint.calibration import Windows
 from mezzotint.core.contracts import Grid
 from mezzotint.core.precision import products_in
 from mezzotint.errors import ConfigError
@@ -25,7 +25,7 @@ from mezzotint.models import Source
 from mezzotint.planning.plan import SYMMETRIC, make_plan
 from mezzotint.planning.planned import Planned
 from mezzotint.recipes.request import Request
-from mezzotint.sweep.calibrate import calibrated_streams, calibration_windows
+from mezzotint.sweep.job import Job
 
 Told = Callable[[str, int, int], None]  # stage, steps done, of so many
 
@@ -102,18 +102,20 @@ class Allocated:
         }
 
 
-def allocated(source: Source, request: Request, tell: Told = lambda *_: None) -> Allocated:
+def allocated(job: Job, tell: Told = lambda *_: None) -> Allocated:
     """Decide which grid each matrix gets.
 
+    What is measured of the model lies in the user's cache afterwards: another budget takes seconds.
+
     Args:
-        source: the original.
-        request: its recipe has an allocation with a budget.
+        job: its recipe has an allocation with a budget.
         tell: told of progress.
 
     Raises:
         ConfigError: there is no budget, or one that nothing fits: the message says what would.
         MezzotintError: the request cannot be planned.
     """
+    source, request = job.source, job.request
     knapsack = request.recipe.stages().allocation
     assert knapsack is not None
     if not knapsack.budgets:
@@ -131,7 +133,8 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
         knapsack = replace(knapsack, fits=None, size=knapsack.fits - beside)
     if request.wanted_format is None:
         request = replace(request, engine="mezzotint")
-    planned = make_plan(source, _assigned(request, {}), calibrate=True)
+    job = job.of(_assigned(request, {}), calibrate=True)
+    planned = job.planned
     if knapsack.size is not None and planned.plan.format == "dense":
         raise ConfigError(
             "--size says how large the folder may be, and a dense one is as large with any bits. Use --bits."
@@ -145,26 +148,12 @@ def allocated(source: Source, request: Request, tell: Told = lambda *_: None) ->
     classes = _classes(source, planned)
     if _becomes_symmetric(source, request, classes, choices):
         request = replace(request, recipe=request.recipe.with_settings({"grid.symmetric": True}))
-        planned = make_plan(source, _assigned(request, {}), calibrate=True)
+        job = job.of(_assigned(request, {}), calibrate=True)
+        planned = job.planned
         choices = menus(source, planned, knapsack)
-    sensitivities = _sensitivities(source, planned, knapsack, tell)
+    sensitivities = _sensitivities(job, knapsack, tell)
     latency = None if knapsack.tokens_per_second is None else Latency(planned.weights)
-    with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch:
-        assert planned.calibration is not None
-        windows = calibration_windows(source, planned.calibration, request, lambda *_: None)
-        streams = calibrated_streams(source, planned, (), windows, Path(scratch))
-        try:
-            prices = price(
-                source,
-                planned,
-                streams,
-                sensitivities,
-                choices,
-                latency=latency,
-                progress=partial(tell, "pricing"),
-            )
-        finally:
-            streams.close()
+    prices = price(job, sensitivities, choices, latency=latency, progress=partial(tell, "pricing"))
     constant = 0.0 if latency is None else _constant(latency, source, planned, prices)
     items = [_item(name, [prices[member] for member in members]) for name, members in classes.items()]
     return _solved(source, planned, knapsack, items, classes, sensitivities=sensitivities, constant=constant)
@@ -341,15 +330,38 @@ def _becomes_symmetric(
     return any(step.what == SYMMETRIC for entry in mixture.plan.entries for step in entry.steps_down)
 
 
-def _sensitivities(source: Source, planned: Planned, knapsack: Knapsack, tell: Told) -> Mapping[str, Sensitivity]:
-    request = planned.request
-    assert planned.calibration is not None
-    sampling = partial(tell, "sampling")
-    fit, _ = calibration_windows(source, planned.calibration, request, sampling).split(seed=request.seed)
+def _sensitivities(job: Job, knapsack: Knapsack, tell: Told) -> Mapping[str, Sensitivity]:
+    """Measured, or as the user's cache has them."""
+    fit, _ = job.windows(partial(tell, "sampling")).split(seed=job.request.seed)
     windows = fit.take(torch.arange(min(knapsack.windows, len(fit))))
-    with products_in(planned.precision):
+    names = [entry.matrix for entry in job.planned.plan.entries]
+    depends_on = {
+        **job.determined(windows),
+        "kind": knapsack.sensitivity,
+        "matrices": names if knapsack.sensitivity == "noise" else None,
+    }
+
+    def measure() -> dict[str, Tensor]:
+        return {
+            f"{name}.{part}": value
+            for name, one in _measured(job, knapsack, windows, names, tell).items()
+            for part, value in one.tensors().items()
+        }
+
+    kept = job.cache.tensors("sensitivities", depends_on, measure)
+    by_matrix: dict[str, dict[str, Tensor]] = {}
+    for key, value in kept.items():
+        name, _, part = key.rpartition(".")
+        by_matrix.setdefault(name, {})[part] = value
+    return {name: Sensitivity.of_tensors(parts) for name, parts in by_matrix.items()}
+
+
+def _measured(
+    job: Job, knapsack: Knapsack, windows: Windows, names: Sequence[str], tell: Told
+) -> Mapping[str, Sensitivity]:
+    source, request = job.source, job.request
+    with products_in(job.planned.precision):
         if knapsack.sensitivity == "noise":
-            names = [entry.matrix for entry in planned.plan.entries]
             found = noise_insertion(
                 source,
                 windows,

@@ -21,6 +21,7 @@ from mezzotint.engines.packed import QuantizedLinear
 from mezzotint.formats.native import Scheme
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
+from mezzotint.storage.cache import cache_folder
 
 _REPEATS = 5
 _LARGEST = 2**29  # bytes of copies; what is larger than any cache comes from memory
@@ -45,7 +46,7 @@ class Latency:
     def __init__(self, weights: int, cache: Path | None = None) -> None:
         size = min(_LARGEST, weights * _BITS // 8)
         self._size = 1 << (size - 1).bit_length()
-        self._path = cache or _cache_folder() / "latency.json"
+        self._path = cache or cache_folder() / "latency.json"
         self._known: dict[str, float] = {}
         if self._path.is_file():
             try:
@@ -163,7 +164,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mezzotint"

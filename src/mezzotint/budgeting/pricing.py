@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor
 
 from mezzotint.allocation.knapsack import Knapsack
 from mezzotint.allocation.sensitivity import Sensitivity
-from mezzotint.blockwise.streams import Streams
 from mezzotint.budgeting.latency import Latency
 from mezzotint.core.contracts import Aim, Grid, Matrix, Rounding
 from mezzotint.core.plans import Entry
@@ -24,8 +25,10 @@ from mezzotint.recipes.request import WHOLE_BITS
 from mezzotint.recipes.settings import build
 from mezzotint.registry import GRIDS
 from mezzotint.rounding.gptq import Gptq
+from mezzotint.sweep.job import Job, digest_of
 from mezzotint.sweep.solve import Solved, Solver, trusted
 from mezzotint.sweep.sweep import Sweep
+from mezzotint.sweep.watcher import Watcher
 from mezzotint.targets.weight import WeightTarget
 
 _WHOLE = tuple(range(2, 9))
@@ -132,8 +135,6 @@ class _Pricer(Solver):
         entries: of the plan; only grids differ from what will be done.
         choices: of each matrix.
         sensitivities: by matrix.
-        size: stored bits of a matrix with a grid.
-        seconds: of one token through it.
         done: told of every matrix.
     """
 
@@ -143,18 +144,14 @@ class _Pricer(Solver):
         choices: Mapping[str, Mapping[Label, Grid]],
         sensitivities: Mapping[str, Sensitivity],
         *,
-        size: Callable[[Entry, Grid], int],
-        seconds: Callable[[Entry, Grid], float],
         seed: int,
         done: Callable[[], None],
     ) -> None:
         super().__init__(entries, sink=lambda *_: None, notify=lambda _: None, seed=seed)
         self._choices = choices
         self._sensitivities = sensitivities
-        self._size = size
-        self._seconds = seconds
         self._done = done
-        self.prices: dict[str, tuple[Price, ...]] = {}
+        self.losses: dict[str, Tensor] = {}
 
     def solve(
         self,
@@ -168,7 +165,7 @@ class _Pricer(Solver):
         used, _ = trusted(weights[0][0], fit)
         turned = self._turned(list(weights), used, held_out, place)
         for matrix, weight in weights:
-            entry = self._entries[matrix.name]
+            entry = self.entries[matrix.name]
             statistics, turned_weight, sensitivity = used, weight, self._sensitivities[matrix.name]
             if matrix.name in turned:
                 basis, statistics = turned[matrix.name].basis, turned[matrix.name].statistics
@@ -179,16 +176,11 @@ class _Pricer(Solver):
             if entry.grid.pads:
                 turned_weight, statistics = padded(turned_weight, statistics, entry.grid.multiple)
             rounding = _on_equal_inputs(entry.rounding)
-            self.prices[matrix.name] = tuple(
-                Price(
-                    label=label,
-                    grid=grid,
-                    loss=predicted(rounding, grid, turned_weight, statistics, sensitivity),
-                    bits=self._size(entry, grid),
-                    seconds=self._seconds(entry, grid),
-                )
-                for label, grid in self._choices[matrix.name].items()
-            )
+            losses = [
+                predicted(rounding, grid, turned_weight, statistics, sensitivity)
+                for grid in self._choices[matrix.name].values()
+            ]
+            self.losses[matrix.name] = torch.tensor(losses, dtype=torch.float64)
             self._done()
         return iter(())
 
@@ -237,26 +229,23 @@ def _feedback(rounding: Rounding) -> Gptq:
 
 
 def price(
-    source: Source,
-    planned: Planned,
-    streams: Streams,
+    job: Job,
     sensitivities: Mapping[str, Sensitivity],
     choices: Mapping[str, Mapping[Label, Grid]],
     *,
     latency: Latency | None,
     progress: Callable[[int, int], None],
 ) -> Mapping[str, tuple[Price, ...]]:
-    """Loss and bits of every choice of every matrix, from one pass of the original.
+    """Loss and bits of every choice of every matrix; losses from one pass of the original, or the user's cache.
 
     Args:
-        source: the original.
-        planned: with any grids; everything else is as it will be.
-        streams: fresh ones.
+        job: planned with any grids; everything else is as it will be.
         sensitivities: of all matrices of the plan.
         choices: `menus`.
         latency: measures the time of every choice; None where time is no matter.
         progress: told of matrices done.
     """
+    source, planned = job.source, job.planned
     # weights stay what they are, so both streams are the same and no drift is needed
     entries = [
         replace(
@@ -270,6 +259,41 @@ def price(
         )
         for entry in planned.plan.entries
     ]
+    windows = job.windows()
+    known = digest_of({f"{name}.rows": one.rows for name, one in sensitivities.items()})
+    depends_on = {
+        **job.determined(windows),
+        "entries": [repr(replace(entry, steps_down=())) for entry in entries],
+        "choices": {name: [repr(grid) for grid in grids.values()] for name, grids in choices.items()},
+        "sensitivities": known,
+    }
+    losses = job.cache.tensors("losses", depends_on, lambda: _losses(job, entries, sensitivities, choices, progress))
+
+    def priced(entry: Entry) -> tuple[Price, ...]:
+        matrix = source.map.matrices[entry.matrix]
+        timed = None if latency is None or source.map.looked_up(entry.matrix) else latency
+        return tuple(
+            Price(
+                label=label,
+                grid=grid,
+                loss=float(loss),
+                bits=stored_bits(planned.form, matrix, grid, entry.basis).total,
+                seconds=0.0 if timed is None else timed.seconds(matrix.shape, grid, entry.basis),
+            )
+            for (label, grid), loss in zip(choices[entry.matrix].items(), losses[entry.matrix], strict=True)
+        )
+
+    return {entry.matrix: priced(entry) for entry in entries}
+
+
+def _losses(
+    job: Job,
+    entries: Sequence[Entry],
+    sensitivities: Mapping[str, Sensitivity],
+    choices: Mapping[str, Mapping[Label, Grid]],
+    progress: Callable[[int, int], None],
+) -> Mapping[str, Tensor]:
+    """What every choice of every matrix loses, ``[choices]`` each."""
     done = 0
 
     def step() -> None:
@@ -277,23 +301,13 @@ def price(
         done += 1
         progress(done, len(entries))
 
-    def size(entry: Entry, grid: Grid) -> int:
-        return stored_bits(planned.form, source.map.matrices[entry.matrix], grid, entry.basis).total
-
-    def seconds(entry: Entry, grid: Grid) -> float:
-        if latency is None or source.map.looked_up(entry.matrix):
-            return 0.0
-        return latency.seconds(source.map.matrices[entry.matrix].shape, grid, entry.basis)
-
-    request = planned.request
     pricer = _Pricer(
-        {entry.matrix: entry for entry in entries},
-        choices,
-        sensitivities,
-        size=size,
-        seconds=seconds,
-        seed=request.seed,
-        done=step,
+        {entry.matrix: entry for entry in entries}, choices, sensitivities, seed=job.request.seed, done=step
     )
-    Sweep(source, entries, streams, solver=pricer, notify=lambda _: None, device=request.device).run()
-    return pricer.prices
+    with TemporaryDirectory(prefix="mezzotint-") as scratch:
+        streams = job.streams(job.windows(), Path(scratch), entries=())
+        try:
+            Sweep(job, streams, pricer, Watcher()).run()
+        finally:
+            streams.close()
+    return pricer.losses

@@ -89,7 +89,7 @@ def evaluate(
 
 
 def compare(
-    model: Path, against: Path, windows: Windows, *, device: str, memory: int | None, cache: Path, trust: bool
+    model: Path, against: Source, windows: Windows, *, device: str, memory: int | None, cache: Path, trust: bool
 ) -> Evaluation:
     """Perplexity of a folder and its divergence from another on windows that are there already; padding is not scored.
 
@@ -102,7 +102,7 @@ def compare(
         cache: folder where what the reference's last block gives is kept for the next comparison.
         trust: run Python code from the folders.
     """
-    sources = [open_source(folder, trust_remote_code=trust) for folder in (model, against)]
+    sources = [open_source(model, trust_remote_code=trust), against]
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as scratch, ExitStack() as stack, torch.no_grad():
         divergence = _compare(
             sources,

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mezzotint.blockwise.source import open_original
-from mezzotint.core.records import BlockRecord, MatrixRecord
+from mezzotint.core.records import BlockRecord
 from mezzotint.errors import ConfigError
-from mezzotint.planning.plan import make_plan
 from mezzotint.recipes.request import Request
 from mezzotint.storage.saved import Saved, save
-from mezzotint.sweep.calibrate import calibrated_streams, calibration_windows
 from mezzotint.sweep.fisher import planned_curvature, reader_of
+from mezzotint.sweep.job import Job
 from mezzotint.sweep.solve import Solver
 from mezzotint.sweep.sweep import Sweep
+from mezzotint.sweep.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,24 +58,35 @@ def measure_drift(
     return tuple(found)
 
 
+class _Watching(Watcher):
+    """Collects what comes out of the blocks.
+
+    Args:
+        passed: told of the number of blocks so far.
+    """
+
+    def __init__(self, passed: Callable[[int], None]) -> None:
+        self.blocks: list[BlockRecord] = []
+        self._passed = passed
+
+    def finished(self, record: BlockRecord) -> None:
+        """A block is finished."""
+        self.blocks.append(record)
+        self._passed(len(self.blocks))
+
+
 def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> Drift:
-    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
+    job = Job(request, calibrate=True)
+    source = job.source
     total = len(source.map.blocks)
     if not 1 <= blocks <= total:
         raise ConfigError(f"--blocks is {blocks}; this model has {total}. Give 1 to {total}.")
-    planned = make_plan(source, request, calibrate=True)
+    planned = job.planned
     entries = [entry for entry in planned.plan.entries if entry.block is not None and entry.block < blocks]
-    behind: list[BlockRecord] = []
-
-    def notify(record: MatrixRecord | BlockRecord) -> None:
-        if isinstance(record, BlockRecord):
-            behind.append(record)
-            passed(len(behind), total)
-
+    watcher = _Watching(lambda done: passed(done, total))
     with TemporaryDirectory(prefix="mezzotint-") as folder:
-        assert planned.calibration is not None
-        windows = calibration_windows(source, planned.calibration, request, lambda *_: None)
-        streams = calibrated_streams(source, planned, entries, windows, Path(folder))
+        windows = job.windows()
+        streams = job.streams(windows, Path(folder), entries=entries)
         curvature = None
         if any(entry.curvature is not None for entry in entries):
             index = save(
@@ -86,18 +96,17 @@ def _one(request: Request, blocks: int, passed: Callable[[int, int], None]) -> D
         solver = Solver(
             {e.matrix: e for e in entries},
             sink=lambda *_: None,
-            notify=notify,
+            notify=lambda _: None,
             seed=request.seed,
             curvature=curvature,
         )
-        sweep = Sweep(source, entries, streams, solver=solver, notify=notify, device=request.device, to_the_end=True)
         try:
-            sweep.run()
+            Sweep(job, streams, solver, watcher, to_the_end=True).run()
         finally:
             streams.close()
     return Drift(
         recipe=request.recipe.name,
         blocks=blocks,
-        absolute=tuple(record.error or 0.0 for record in behind),
-        relative=tuple(record.relative_error or 0.0 for record in behind),
+        absolute=tuple(record.error or 0.0 for record in watcher.blocks),
+        relative=tuple(record.relative_error or 0.0 for record in watcher.blocks),
     )

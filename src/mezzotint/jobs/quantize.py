@@ -6,7 +6,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mezzotint.blockwise.source import open_original
 from mezzotint.budgeting.allocate import Allocated, allocated
 from mezzotint.core.plans import CalibrationPlan
 from mezzotint.errors import ConfigError
@@ -14,7 +13,6 @@ from mezzotint.evaluation.texts import compare
 from mezzotint.jobs import run
 from mezzotint.jobs.ending import Ending
 from mezzotint.jobs.run import Listener, Progress
-from mezzotint.planning.plan import make_plan
 from mezzotint.planning.planned import Planned
 from mezzotint.process.ranks import Ranks, ranks_of
 from mezzotint.recipes.recipe import Recipe
@@ -24,7 +22,7 @@ from mezzotint.report.report import REPORT_NAME, read_report
 from mezzotint.storage.folder import MARKER, OutputFolder, partial_of
 from mezzotint.storage.work import STATE
 from mezzotint.sweep import adapter
-from mezzotint.sweep.calibrate import calibration_windows
+from mezzotint.sweep.job import Job
 
 _CANDIDATES = ("allocated", "uniform")
 _PATIENCE = timedelta(days=2)  # of ranks that wait for the first one's prices and measurements
@@ -40,8 +38,9 @@ def plan(request: Request, listener: Listener | None = None) -> tuple[Planned, A
     Raises:
         MezzotintError: what cannot be done.
     """
-    found = _allocated(request, listener)
-    return run.plan(request if found is None else found.request), found
+    job = Job(request)
+    found = _allocated(job, listener)
+    return (job if found is None else job.of(found.request)).planned, found
 
 
 def quantize(request: Request, out: Path, listener: Listener | None = None, *, resume: bool = False) -> dict[str, Any]:
@@ -63,33 +62,32 @@ def quantize(request: Request, out: Path, listener: Listener | None = None, *, r
     """
     if request.recipe.stages().allocation is None:
         with ranks_of(request.device) as ranks:
-            return run.quantize(request, out, listener, resume=resume, ranks=ranks)
+            return run.quantize(Job(request), out, listener, resume=resume, ranks=ranks)
     with ranks_of(request.device, patience=_PATIENCE) as ranks:
-        return _guarded(request, out, listener, resume, ranks)
+        return _guarded(Job(request), out, listener, resume, ranks)
 
 
-def _guarded(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
+def _guarded(job: Job, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
     """The better one of the candidates; the first rank allocates and measures, all of them quantize."""
     place = ending = found = None
     inside = partial_of(out)
     with ranks.led():
         if ranks.first:
             place = OutputFolder(out, resume=resume)
-            original = open_original(request.model, trust_remote_code=request.trust_remote_code)
-            ending = Ending(original.folder, trusted=request.trust_remote_code)
-            place.begin("quantize", _makes(ending), _identity(request))
+            ending = Ending(job.source.folder, trusted=job.request.trust_remote_code)
+            place.begin("quantize", _makes(ending), _identity(job.request))
     if ranks.told(place is not None and place.complete is not None):  # only the last rename was missing
         return ranks.told(None if place is None else _placed(place, out, read_report(place.result)))
     try:
         with ranks.led():
             if ranks.first:
-                found = _allocated(request, listener)
-        candidates = _candidates(request, found, ranks)
-        reports = {name: _made(one, inside / name, listener, resume, ranks) for name, one in candidates.items()}
+                found = _allocated(job, listener)
+        candidates = _candidates(job.request, found, ranks)
+        reports = {name: _made(job.of(one), inside / name, listener, resume, ranks) for name, one in candidates.items()}
         with ranks.led():
             report = {}
             if found is not None and ending is not None:
-                report = _decided(request, found, reports, inside, ending)
+                report = _decided(job, found, reports, inside, ending)
     except BaseException as error:
         if any((inside / name).is_dir() for name in _CANDIDATES):
             error.add_note(f"Finished candidates lie in {inside}; the same command with --resume goes on from them.")
@@ -136,53 +134,49 @@ def _candidates(request: Request, found: Allocated | None, ranks: Ranks) -> dict
 
 
 def _decided(
-    request: Request, found: Allocated, reports: Mapping[str, dict[str, Any]], folder: Path, ending: Ending
+    job: Job, found: Allocated, reports: Mapping[str, dict[str, Any]], folder: Path, ending: Ending
 ) -> dict[str, Any]:
     """The report of the candidate that stays, with what was decided on; written in its place."""
     evidence = found.as_json()
     kept = "allocated"
     if len(reports) > 1:
-        evidence["held_out_kl_nats"] = losses = _measured(found, folder)
+        evidence["held_out_kl_nats"] = losses = _measured(job.of(found.request, calibrate=True), folder)
         kept = min(reports, key=lambda name: losses[name])
     evidence["kept"] = kept
     report = {name: value for name, value in reports[kept].items() if name != "out"} | {"allocation": evidence}
-    report["recipe"] = {**report["recipe"], "allocation": request.recipe.allocation}
+    report["recipe"] = {**report["recipe"], "allocation": job.request.recipe.allocation}
     calibration = report["plan"]["calibration"]
     name = folder.name.removesuffix(".partial")
-    report["command"] = command_of(request, calibration and CalibrationPlan(**calibration), name)
+    report["command"] = command_of(job.request, calibration and CalibrationPlan(**calibration), name)
     return ending.write_report(folder / kept, report)
 
 
-def _made(request: Request, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
+def _made(job: Job, out: Path, listener: Listener | None, resume: bool, ranks: Ranks) -> dict[str, Any]:
     """The report of one of the folders to choose from, or what an earlier run made of the same plan."""
     if ranks.told(resume and (out / REPORT_NAME).is_file()):
         report = read_report(out)
-        if report["plan"]["fingerprint"] != run.plan(request).plan.fingerprint:
+        if report["plan"]["fingerprint"] != job.planned.plan.fingerprint:
             raise ConfigError(f"{out} was made for another request. Remove {out.parent}, or choose another --out.")
         return {"out": str(out), **report}
-    return run.quantize(request, out, listener, resume=resume, ranks=ranks)
+    return run.quantize(job, out, listener, resume=resume, ranks=ranks)
 
 
-def _allocated(request: Request, listener: Listener | None) -> Allocated | None:
-    if request.recipe.stages().allocation is None:
+def _allocated(job: Job, listener: Listener | None) -> Allocated | None:
+    if job.request.recipe.stages().allocation is None:
         return None
-    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
     tell = listener or (lambda _: None)
-    return allocated(source, request, lambda stage, done, total: tell(Progress(stage=stage, done=done, total=total)))
+    return allocated(job, lambda stage, done, total: tell(Progress(stage=stage, done=done, total=total)))
 
 
-def _measured(found: Allocated, folder: Path) -> dict[str, float]:
+def _measured(job: Job, folder: Path) -> dict[str, float]:
     """KL of both candidates on the windows that were held out."""
-    request = found.request
-    source = open_original(request.model, trust_remote_code=request.trust_remote_code)
-    planned = make_plan(source, request, calibrate=True)
-    assert planned.calibration is not None
-    _, held_out = calibration_windows(source, planned.calibration, request, lambda *_: None).split(seed=request.seed)
+    request = job.request
+    _, held_out = job.windows().split(seed=request.seed)
     losses = {}
     for name in _CANDIDATES:
         result = compare(
             folder / name,
-            request.model,
+            job.source,
             held_out,
             device=request.device,
             memory=request.memory,

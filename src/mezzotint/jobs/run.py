@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mezzotint.blockwise.source import open_original
 from mezzotint.blockwise.streams import Streams
 from mezzotint.calibration import Windows
 from mezzotint.core.plans import CalibrationPlan
@@ -18,22 +15,20 @@ from mezzotint.errors import MezzotintError, RunError, WriteError
 from mezzotint.jobs.ending import Ending, names_of_tensors
 from mezzotint.jobs.output import Elsewhere, Output
 from mezzotint.models import Source
-from mezzotint.planning.identity import identity_of
-from mezzotint.planning.plan import make_plan
 from mezzotint.planning.planned import Planned
 from mezzotint.process.ranks import ALONE, Ranks
 from mezzotint.process.usage import Clock, return_freed_memory, rss_bytes
-from mezzotint.recipes.request import Request
 from mezzotint.report.report import full_report, read_report
 from mezzotint.storage.folder import OutputFolder, partial_of
 from mezzotint.storage.keeper import Keeper
 from mezzotint.storage.work import MAKES, Work
 from mezzotint.submodules.lora import Lora
 from mezzotint.sweep import adapter as adapters
-from mezzotint.sweep.calibrate import calibrated_streams, calibration_windows
 from mezzotint.sweep.fisher import planned_curvature, reader_of
+from mezzotint.sweep.job import Job, tensors_of
 from mezzotint.sweep.solve import Solver
 from mezzotint.sweep.sweep import Sweep
+from mezzotint.sweep.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +51,8 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
-def plan(request: Request) -> Planned:
-    """What would be done; reads headers, no weights."""
-    return make_plan(open_original(request.model, trust_remote_code=request.trust_remote_code), request)
-
-
 def quantize(
-    request: Request,
+    job: Job,
     out: Path,
     listener: Listener | None = None,
     *,
@@ -75,7 +65,7 @@ def quantize(
     or is stopped after it has begun to work, ``out.partial`` stays, and the same request with ``resume`` continues it.
 
     Args:
-        request: what is asked for.
+        job: what is asked for, and the model.
         out: folder to make; it must not exist, or be empty.
         listener: told of progress on the first rank; what it raises stops the run.
         resume: continue the work that lies in ``out.partial``; without any, start.
@@ -87,20 +77,20 @@ def quantize(
     clock, partial = Clock(), partial_of(out)
     end = None
     with ranks.led():
-        source = open_original(request.model, trust_remote_code=request.trust_remote_code)
-        planned = make_plan(source, replace(request, ranks=ranks.size))
+        job = job.of(replace(job.request, ranks=ranks.size))
+        planned = job.planned
         if ranks.first:
             place = OutputFolder(out, resume=resume)
-            end = place, _ending(source, planned, out)
+            end = place, _ending(job.source, planned, out)
             needed = planned.plan.bytes * planned.form.copies
-            place.begin("quantize", makes_of(planned.plan.format), identity_of(source, planned), needed=needed)
+            place.begin("quantize", makes_of(planned.plan.format), job.identity(), needed=needed)
     if ranks.told(end is not None and end[0].complete is not None):  # only the rename was missing
         return ranks.told(None if end is None else _placed(end[0], out, read_report(end[0].result)))
     with ranks.led():
         work = Work(partial, None if end is None else end[0], ranks=ranks)
-    if request.memory is not None:
+    if job.request.memory is not None:
         return_freed_memory()
-    run = _Run(source, planned, work, clock, listener or (lambda _: None), end=end)
+    run = _Run(job, work, clock, listener or (lambda _: None), end=end)
     try:
         report = run.work()
     except BaseException as error:
@@ -167,16 +157,15 @@ class _Run:
 
     def __init__(
         self,
-        source: Source,
-        planned: Planned,
+        job: Job,
         work: Work,
         clock: Clock,
         tell: Listener,
         *,
         end: tuple[OutputFolder, Ending] | None,
     ) -> None:
-        self._source = source
-        self._planned = planned
+        self._job = job
+        self._source, self._planned = job.source, job.planned
         self._folder = work.folder.parent
         self._work = work
         self._ranks = work.ranks
@@ -234,7 +223,7 @@ class _Run:
         if self._planned.calibration is None:
             return None
         found = self._read_windows(self._planned.calibration) if self._ranks.first else None
-        given = self._ranks.given(None if found is None else _tensors_of(found))
+        given = self._ranks.given(None if found is None else tensors_of(found))
         return Windows(tokens=given["tokens"], mask=given.get("mask"), source=self._planned.calibration.source)
 
     def _read_windows(self, calibration: CalibrationPlan) -> Windows:
@@ -244,13 +233,8 @@ class _Run:
             return Windows(
                 tokens=kept.read("tokens"), mask=kept.read("mask") if "mask" in kept else None, source="self"
             )
-        windows = calibration_windows(
-            self._source,
-            calibration,
-            self._planned.request,
-            lambda done, total: self._tell(Progress(stage="sampling", done=done, total=total)),
-        )
-        self._work.keep_windows(_tensors_of(windows), windows.source)
+        windows = self._job.windows(lambda done, total: self._tell(Progress(stage="sampling", done=done, total=total)))
+        self._work.keep_windows(tensors_of(windows), windows.source)
         return windows
 
     def _measure(self, windows: Windows | None) -> None:
@@ -272,10 +256,7 @@ class _Run:
         saved = self._work.streams
         if windows is None or (self._work.block > 0 and saved is None):
             return None
-        entries = self._planned.plan.entries
-        return calibrated_streams(
-            self._source, self._planned, entries, windows, self._work.folder, saved=saved, ranks=self._ranks
-        )
+        return self._job.streams(windows, self._work.folder, saved=saved, ranks=self._ranks)
 
     def _begin(self, output: Output | Elsewhere) -> None:
         """From here on a run can be continued."""
@@ -303,18 +284,7 @@ class _Run:
             curvature=None if saved is None else reader_of(saved, request.device),
         )
         try:
-            Sweep(
-                self._source,
-                entries,
-                streams,
-                solver=solver,
-                notify=notify,
-                device=request.device,
-                rewritten=output.rewrite,
-                adapter=adapter,
-                keeper=keeper,
-                importance=self._planned.importance,
-            ).run()
+            Sweep(self._job, streams, solver, _Watching(keeper, output, notify), adapter=adapter).run()
         finally:
             if streams is not None:
                 streams.close()
@@ -378,9 +348,20 @@ class _Run:
         )
 
 
-def _tensors_of(windows: Windows) -> dict[str, Tensor]:
-    """By name; without padding there is no mask."""
-    return {"tokens": windows.tokens, **({} if windows.mask is None else {"mask": windows.mask})}
+class _Watching(Watcher):
+    """What a sweep finishes goes to the work folder, the output and the listener."""
+
+    def __init__(
+        self, keeper: Keeper, output: Output | Elsewhere, notify: Callable[[MatrixRecord | BlockRecord], None]
+    ) -> None:
+        self.first = keeper.block
+        self.values, self.group, self.border = keeper.values, keeper.group, keeper.border
+        self.rewritten = output.rewrite
+        self._notify = notify
+
+    def finished(self, record: BlockRecord) -> None:
+        """A block is finished."""
+        self._notify(record)
 
 
 def _adapter(planned: Planned, work: Work) -> adapters.Adapter | None:

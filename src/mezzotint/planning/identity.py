@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,31 @@ from mezzotint.recipes.request import Request
 _CHUNK = 1 << 23
 
 
-def identity_of(source: Source, planned: Planned) -> dict[str, Any]:
+def checksums_of(source: Source, *, trusted: bool) -> dict[str, Any]:
+    """CRC-32 of the files that a model is made of, all of which are read: weights, configuration, tokenizer, code.
+
+    Args:
+        source: the opened model.
+        trusted: its Python code is run.
+    """
+    weights = sorted({info.path for info in source.checkpoint.tensors.values()})
+    names = ["*token*", "vocab*", "merges.txt", *(["*.py"] if trusted else [])]
+    beside = sorted({path for name in names for path in source.folder.glob(name) if path.is_file()})
+    return {
+        "model": {path.name: [path.stat().st_size, checksum_of(path)] for path in weights},
+        "config": checksum_of(source.folder / "config.json"),
+        "beside": {path.name: checksum_of(path) for path in beside},
+    }
+
+
+def identity_of(planned: Planned, checksums: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that determines the result, apart from the calibration text itself.
 
-    The model's files are read once for it: their checksums are part of it. Memory, the number of processes and the
-    place of the files are not.
+    Memory, the number of processes and the place of the files are no part of it.
+
+    Args:
+        planned: what will be done.
+        checksums: `checksums_of` the model.
     """
     request = planned.request
     calibration = asdict(request.calibration)
@@ -32,12 +53,11 @@ def identity_of(source: Source, planned: Planned) -> dict[str, Any]:
     calibration["imatrix"] = planned.importance and planned.importance.checksum
     if planned.calibration is not None:
         calibration |= {"samples": planned.calibration.samples, "seqlen": planned.calibration.seqlen}
-    files = sorted({info.path for info in source.checkpoint.tensors.values()})
     entries = "\n".join(repr(entry) for entry in planned.plan.entries)
     return {
         "versions": {"mezzotint": version("mezzotint"), "torch": torch.__version__, "tf": transformers.__version__},
-        "model": {path.name: [path.stat().st_size, checksum_of(path)] for path in files},
-        "config": checksum_of(source.folder / "config.json"),
+        "model": checksums["model"],
+        "config": checksums["config"],
         "recipe": request.recipe.model_dump(mode="json"),
         "seed": request.seed,
         "device": request.device,

@@ -1,12 +1,10 @@
 """Calibration windows for a plan: from text, a data set, or sampled from the model itself."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from mezzotint.blockwise.streams import Streams
 from mezzotint.calibration import (
     Windows,
     check_vocabulary,
@@ -17,15 +15,12 @@ from mezzotint.calibration import (
     sample_windows,
     separator_token,
 )
-from mezzotint.core.plans import CalibrationPlan, Entry
+from mezzotint.core.plans import CalibrationPlan
 from mezzotint.errors import ConfigError
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
 from mezzotint.planning.costs import SAMPLING_BYTES
-from mezzotint.planning.planned import Planned
-from mezzotint.process.ranks import ALONE, Ranks
 from mezzotint.recipes.request import Request
-from mezzotint.storage.saved import Saved
 
 _SELF_BATCH = 64
 
@@ -51,45 +46,6 @@ def calibration_windows(
     )
     windows.check_vocabulary(source.config)
     return windows
-
-
-def calibrated_streams(
-    source: Source,
-    planned: Planned,
-    entries: Sequence[Entry],
-    windows: Windows,
-    folder: Path,
-    *,
-    saved: Saved | None = None,
-    ranks: Ranks = ALONE,
-) -> Streams:
-    """The two streams on the windows of a plan, for these of its entries.
-
-    Args:
-        source: the original.
-        planned: its calibration must not be None.
-        entries: what will ask for statistics.
-        windows: `calibration_windows` of the plan.
-        folder: where activations spill to.
-        saved: hidden states of an interrupted run.
-        ranks: that share the windows.
-    """
-    request = planned.request
-    fit, held_out = windows.split(seed=request.seed)
-    return Streams(
-        source,
-        fit,
-        held_out,
-        original_fit=any(entry.needs & {"drift", "residual"} for entry in entries),
-        folder=folder,
-        stream_bytes=planned.costs.stream_bytes,
-        keep_runs=planned.costs.keep_runs,
-        panels=planned.costs.panels,
-        device=request.device,
-        precision=planned.precision,
-        saved=saved,
-        ranks=ranks,
-    )
 
 
 def _sampled(

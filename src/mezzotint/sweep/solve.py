@@ -78,7 +78,7 @@ class Solver:
     Each rank rounds some rows of every matrix, and gets the others' results.
 
     Args:
-        entries: what is to be done, by matrix.
+        entries: of the plan.
         sink: takes each finished matrix.
         notify: told of every record.
         seed: of random bases.
@@ -86,6 +86,7 @@ class Solver:
         curvature: gives that of a matrix whose entry wants it, as it was measured.
 
     Attributes:
+        entries: what is to be done, by matrix.
         notes: what was decided before about a matrix, for its record.
     """
 
@@ -100,7 +101,7 @@ class Solver:
         curvature: Callable[[Matrix], Curvature] | None = None,
     ) -> None:
         self._ranks = ranks
-        self._entries = entries
+        self.entries = entries
         self._sink = sink
         self._notify = notify
         self._seed = seed
@@ -149,7 +150,7 @@ class Solver:
         self._notify(
             MatrixRecord(
                 name=solved.matrix.name,
-                bits_per_weight=self._entries[solved.matrix.name].bits.total / solved.value.numel(),
+                bits_per_weight=self.entries[solved.matrix.name].bits.total / solved.value.numel(),
                 weight_error=sums[0] / max(sums[1], 1e-30),
                 h_error=fit[0],
                 h_error_held_out=held_out[0],
@@ -167,7 +168,7 @@ class Solver:
         """Aims and bases of the matrices that have a transform; one fit for all that share one."""
         sharing: dict[Transform, Weights] = {}
         for matrix, weight in weights:
-            transform = self._entries[matrix.name].basis
+            transform = self.entries[matrix.name].basis
             if transform is not None:
                 sharing[transform] = [*sharing.get(transform, ()), (matrix, weight)]
         found: dict[str, _Turned] = {}
@@ -182,13 +183,13 @@ class Solver:
 
     def _of_rounding(self, members: Weights, used: Statistics) -> Statistics:
         """What roundings and refinements see: no drift where only aims take it up."""
-        if any("drift" in self._entries[matrix.name].rounding.needs for matrix, _ in members):
+        if any("drift" in self.entries[matrix.name].rounding.needs for matrix, _ in members):
             return used
         return replace(used, drift=None, output_drift=None, residual=None)
 
     def _aim(self, matrix: Matrix, weight: Tensor, used: Statistics | None, held_out: Statistics | None) -> Aim:
         try:
-            return self._entries[matrix.name].target.aim(weight, used, held_out)
+            return self.entries[matrix.name].target.aim(weight, used, held_out)
         except MezzotintError as error:
             error.add_note(f"while quantizing {matrix.name}")
             raise
@@ -204,7 +205,7 @@ class Solver:
         last: bool,
     ) -> Solved:
         started = time.perf_counter()
-        entry, judge, held_out = self._entries[matrix.name], None, known.held_out
+        entry, judge, held_out = self.entries[matrix.name], None, known.held_out
         share = self._share(entry, matrix)
         curvature = self._of_outputs(entry, matrix, share)
         if turned is None:

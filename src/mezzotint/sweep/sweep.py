@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,67 +9,55 @@ from torch import Tensor
 from mezzotint.blockwise.stops import BlockRun, stops
 from mezzotint.blockwise.streams import Streams, summed
 from mezzotint.core.contracts import Block, InputGroup, Matrix
-from mezzotint.core.plans import Entry
 from mezzotint.core.records import BlockRecord
 from mezzotint.core.statistics import Accumulator, Statistics
 from mezzotint.errors import NonFiniteError
-from mezzotint.models import Source, dematerialize, materialize
-from mezzotint.planning.importance import Importance
+from mezzotint.models import dematerialize, materialize
 from mezzotint.planning.needs import drifts_by_output
 from mezzotint.planning.parts import active_parts, settings_of
 from mezzotint.storage.stores import check_finite
 from mezzotint.sweep.adapter import Adapter
 from mezzotint.sweep.descent import Descent, Measured
 from mezzotint.sweep.folding import Folding
+from mezzotint.sweep.job import Job
 from mezzotint.sweep.solve import Solver
 from mezzotint.sweep.statistics import Compared, aligned, normed, token_weights
-
-if TYPE_CHECKING:
-    from mezzotint.storage.keeper import Keeper
+from mezzotint.sweep.watcher import Watcher
 
 
 class Sweep:
     """Quantizes block after block.
 
+    Only one block of the original is in memory at a time.
+
     Args:
-        source: the original; only one block of it is in memory at a time.
-        entries: what is to be done, in running order.
-        streams: calibration windows on their way through the model; None if nothing needs statistics.
-        solver: quantizes the matrices of an input group.
-        notify: told of every block.
-        device: where blocks and statistics live.
-        rewritten: told of parameters that a block's transforms changed; the checkpoint gives their values.
-        to_the_end: run the streams through every block, also behind the last that needs statistics.
+        job: the original, where its blocks run, and statistics of single matrices in the place of streams.
+        streams: calibration samples on their way through the model; None if nothing needs statistics.
+        solver: quantizes the matrices of an input group; its entries say what is to be done.
+        watcher: told of what is finished, and tells what an earlier process has finished.
         adapter: takes the low-rank compensations; what follows in the model sees them.
-        keeper: told of what is finished, and tells what an earlier process has finished.
-        importance: statistics of single matrices, in the place of streams.
+        to_the_end: run the streams through every block, also behind the last that needs statistics.
     """
 
     def __init__(
         self,
-        source: Source,
-        entries: Sequence[Entry],
+        job: Job,
         streams: Streams | None,
-        *,
         solver: Solver,
-        notify: Callable[[BlockRecord], None],
-        device: str = "cpu",
-        rewritten: Callable[[Sequence[str]], None] = lambda _: None,
-        to_the_end: bool = False,
+        watcher: Watcher,
+        *,
         adapter: Adapter | None = None,
-        keeper: "Keeper | None" = None,
-        importance: Importance | None = None,
+        to_the_end: bool = False,
     ) -> None:
-        self._source = source
-        self._entries = {entry.matrix: entry for entry in entries}
+        self._source = source = job.source
+        self._entries = dict(solver.entries)
         self._streams = streams
-        self._notify = notify
         self._solver = solver
-        self._folding = Folding(source, self._entries, rewritten=rewritten, device=device)
-        self._device = device
+        self._watcher = watcher
+        self._device = job.request.device
+        self._folding = Folding(source, self._entries, rewritten=watcher.rewritten, device=self._device)
         self._adapter = adapter
-        self._keeper = keeper
-        self._importance = importance
+        self._importance = job.planned.importance
         needing = [block.index for block in source.map.blocks if self._needs(block)]
         head = source.map.head
         self._head_needs = head in self._entries and bool(self._entries[head].needs)
@@ -78,7 +65,7 @@ class Sweep:
 
     def run(self) -> None:
         """The embedding, all blocks and the head, as far as they are to be quantized."""
-        first = 0 if self._keeper is None else self._keeper.block
+        first = self._watcher.first
         if first == 0 and self._source.map.embedding in self._entries:
             self._embedding(self._source.map.matrices[self._source.map.embedding])
         for block in self._source.map.blocks[first:]:
@@ -91,7 +78,7 @@ class Sweep:
             else:
                 error, submodules = self._streamed(block, self._streams)
             relative = None if error is None or error[1] == 0 else error[0] / error[1]
-            self._notify(
+            self._watcher.finished(
                 BlockRecord(
                     index=block.index,
                     error=None if error is None else error[0],
@@ -100,8 +87,7 @@ class Sweep:
                     submodules=submodules,
                 )
             )
-            if self._keeper is not None:
-                self._keeper.border(block.index + 1, streams=self._head_needs or block.index < self._last_streamed)
+            self._watcher.border(block.index + 1, streams=self._head_needs or block.index < self._last_streamed)
         head = self._source.map.head
         if head in self._entries and first <= len(self._source.map.blocks):
             needs = self._entries[head].needs
@@ -110,8 +96,7 @@ class Sweep:
                 with self._streams.products():
                     statistics = self._streams.head_statistics(needs)
             self._from_checkpoint([head], _place(len(self._source.map.blocks), 0), *statistics)
-        if self._keeper is not None:
-            self._keeper.border(len(self._source.map.blocks) + 1, streams=False, last=True)
+        self._watcher.border(len(self._source.map.blocks) + 1, streams=False, last=True)
 
     def _embedding(self, matrix: Matrix) -> None:
         """Quantize the table that tokens are looked up in; the quantized stream begins with what it holds then."""
@@ -158,7 +143,7 @@ class Sweep:
         runs = streams.quantized_runs(block.index, module)
         descent = self._descent(block, runs, streams)
         noted = () if descent is None else descent.observed
-        known = [] if self._keeper is None else self._keeper.values(block.index)
+        known = self._watcher.values(block.index)
         with stops(self._source.skeleton, block, parallel=self._source.map.parallel_residual, noted=noted):
             compared = {i: needs for i, needs in self._compared(block).items() if i >= len(known)}
             with streams.products():
@@ -173,8 +158,8 @@ class Sweep:
                 )
                 if descent is not None:
                     descent.reached(position, runs)
-                elif self._keeper is not None:  # what a descent may still change is not finished
-                    self._keeper.group(block.index, position + 1, lambda i: self._weights(block.groups[i]))
+                else:  # what a descent may still change is not finished
+                    self._watcher.group(block.index, position + 1, lambda i: self._weights(block.groups[i]))
             if descent is not None:
                 descent.finish()
             with streams.products():
