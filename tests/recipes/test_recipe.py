@@ -206,7 +206,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "8 GiBs", "-1GiB", "1e9", "GiB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size. Write for example 8GiB"):
+    with pytest.raises(ConfigError, match=r"is not a size\. Write for example 8GiB"):
         parse_bytes(text)
 
 
