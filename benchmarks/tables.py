@@ -54,6 +54,27 @@ def recipes(page: str) -> list[str]:
     return [heading, "", *lines]
 
 
+def headline() -> list[str]:
+    """KL alone: the recipes that people choose from, and the best other quantizer at every width."""
+    done = [r for r in rows_of("peers") if r["status"] == "done"]
+    widths = sorted({r["settings"]["row"]["bits"] for r in done}, reverse=True)
+    losses: dict[str, dict[int, float]] = {}
+    for r in done:
+        row, loss = r["settings"]["row"], r["evaluate"]["kl_nats"]
+        name = f"`{row['method']}`" if row["peer"] == "mezzotint" else "best of five other quantizers"
+        found = losses.setdefault(name, {})
+        found[row["bits"]] = min(loss, found.get(row["bits"], loss))
+    shown = ("`rtn`", "`gptq`", "best of five other quantizers", "`default`", "`palette`")
+    lines = [f"| recipe | {' | '.join(f'{bits} bits' for bits in widths)} |", "|---" * (len(widths) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{losses[name][bits]:.3f}' for bits in widths)} |" for name in shown]
+    heading = (
+        f"KL divergence from the original {done[0]['model']}, in nats per token, on WikiText-2. Lower is better.\n"
+        "All results of a column have the same stored bits within 0.05, scales included\n"
+        "([settings, perplexity and time of each](docs/peers.md)):"
+    )
+    return [heading, "", *lines]
+
+
 def quality() -> list[str]:
     """Loss by method and bits."""
     rows = rows_of("quality")
@@ -519,7 +540,7 @@ def pages() -> dict[Path, tuple[list[str], ...]]:
     """The tables of every page."""
     docs = ROOT / "docs"
     return {
-        ROOT / "README.md": (recipes("docs/peers.md"), generation(), costs()),
+        ROOT / "README.md": (headline(),),
         docs / "propagation.md": tuple(
             block for block in (tokens(), overhead(), departures(), every_range(), *all_corrections()) if block
         ),

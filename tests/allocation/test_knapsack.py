@@ -9,7 +9,7 @@ from mezzotint.errors import ConfigError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 3.0, "size": 100}, "all limit the size"),
+        ({"bits": 3.0, "size": 100}, "each of them limits the size"),
         ({"bits": 0.0}, "allocation.bits is 0"),
         ({"size": -5}, "allocation.size is -5"),
         ({"tokens_per_second": 0.0}, "more than 0"),

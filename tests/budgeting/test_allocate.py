@@ -132,11 +132,11 @@ def test_the_folder_is_as_large_as_it_may_be(tmp_path: Path) -> None:
         ({"size": 1000}, r"--size is 1,000 bytes; with this menu the folder takes [\d,]+ to [\d,]+ bytes"),
         ({"bits": 1.0}, r"--bits is 1; with this menu 1\.\d+ to 6\.\d+ bits are stored"),
         ({}, "there is no budget"),
-        ({"bits": 3.0, "size": 10**6}, "all limit the size"),
-        ({"size": 10**6, "engine": "dense"}, "as large with any bits"),
+        ({"bits": 3.0, "size": 10**6}, "each of them limits the size"),
+        ({"size": 10**6, "engine": "dense"}, "same size with any bits"),
         ({"tokens_per_second": 5.0, "engine": "dense"}, "not known"),
         ({"fits": 10**6, "context": 10**6}, "a sequence of 1000000 tokens takes"),
-        ({"fits": 10**6, "size": 10**6}, "all limit the size"),
+        ({"fits": 10**6, "size": 10**6}, "each of them limits the size"),
         ({"bits": 3.0, "settings": {"allocation.limits": {"*": [7, 8]}}}, "no grid of"),
     ],
 )
@@ -302,7 +302,7 @@ def test_a_named_matrix_must_be_there_and_rules_are_about_matrices() -> None:
     recipe = mezzotint.Recipe(matrices={"model.layers.7.mlp.up_proj": {"grid.bits": 3}})
     with pytest.raises(ConfigError, match="unknown matrix"):
         mezzotint.plan(TINY_LLAMA, recipe)
-    with pytest.raises(ValueError, match="set it outside the rules"):
+    with pytest.raises(ValueError, match="Set it outside the rules"):
         mezzotint.Recipe(rules=[{"match": "*", "set": {"allocation.bits": 3}}])  # pyright: ignore[reportArgumentType]
 
 

@@ -70,7 +70,7 @@ def test_chats(tmp_path, chat_tokenizer, llama_tokenizer):
 
 def test_lines_that_are_no_records(tmp_path):
     refused(r"line 2 is not JSON: .* at column 1", write(tmp_path, "a.jsonl", '{"text": "x"}\nnot\n'))
-    refused(r"line 1 is a list\. A \.jsonl file holds one object a line", write(tmp_path, "a.jsonl", "[1]\n"))
+    refused(r"line 1 is a list\. A \.jsonl file holds one object per line", write(tmp_path, "a.jsonl", "[1]\n"))
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -79,7 +79,7 @@ def test_files_that_cannot_be_read(tmp_path):
     refused(r"does not exist\. Check the path", tmp_path / "no" / "folder.txt")
     refused(r"is a directory\. Give one of its files \(corpus\.txt\)", tmp_path)
     for name, content in (("empty.txt", ""), ("blank.txt", " \n\n"), ("empty.jsonl", "\n")):
-        refused(r"is empty: .* without text", write(tmp_path, name, content))
+        refused(r"has no text: all .* are empty", write(tmp_path, name, content))
     refused(r"not UTF-8: byte 0xff at offset 5 of 7.*iconv", write(tmp_path, "latin.txt", b"abcd\n\xff\n"))
     refused(r"unknown kind of calibration text '\.json'.*Did you mean '\.jsonl'", write(tmp_path, "a.json", "{}"))
     refused(r"unknown calibration text 'wikitext'. Did you mean 'wikitext2'\? Known: c4, ptb, wikitext2", "wikitext")

@@ -242,3 +242,14 @@ def test_warnings_are_told(mezzotint: Run, damaged: Path, tmp_path: Path) -> Non
     assert answer.code == 0
     assert "warning: The card names no licence" in answer.stderr
     assert answer.last_object["warnings"][0] in answer.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "evaluate", "inspect"])
+def test_help_has_what_everyone_needs_first(command: str, mezzotint: Run) -> None:
+    first, rest = mezzotint(command, "--help").stdout.split("More options")
+    assert "--json" in first
+    assert "--device" in rest
+    assert "--trust-remote-code" in rest
+    if command in ("quantize", "plan"):
+        for option in ("--recipe", "--bits", "--size", "--for", "--calibration", "--keep", "--set"):
+            assert option in first

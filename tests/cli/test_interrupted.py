@@ -140,7 +140,7 @@ def test_a_place_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.Mon
         finish(folder, *arguments, **options)
 
     monkeypatch.setattr(OutputFolder, "finish", late)
-    with pytest.raises(WriteError, match=r"was made by somebody else.*lies in .*out.partial: rename it"):
+    with pytest.raises(WriteError, match=r"was created by another program.*lies in .*out.partial: rename it"):
         quantized(TINY_LLAMA, tmp_path / "out", "rtn")
     # hours of work are not thrown away
     assert (tmp_path / "out.partial" / "mezzotint.json").is_file()

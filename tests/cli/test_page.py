@@ -151,11 +151,11 @@ def test_on_the_command_line(mezzotint: Run, folders: list[Path], tmp_path: Path
     shown = mezzotint("compare", *folders)
     assert "differences over the same windows" in shown.stdout
     assert mezzotint("compare", folders[0]).code == 2
-    assert "nothing to measure" in mezzotint("evaluate", folders[0]).stderr
+    assert "has nothing to measure" in mezzotint("evaluate", folders[0]).stderr
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path, mezzotint: Run, folders: list[Path]) -> None:
-    with pytest.raises(WriteError, match="Give --html another place"):
+    with pytest.raises(WriteError, match="Give --html another path"):
         write_page(tmp_path, "")
     for path, part in ((tmp_path / "no" / "page.html", "does not exist"), (tmp_path / "page.txt", "must end in .html")):
         for command in (("inspect", folders[0]), ("compare", *folders)):
@@ -170,7 +170,10 @@ def test_options_that_would_do_nothing(mezzotint: Run, folders: list[Path]) -> N
         (("evaluate", folders[0], "--text", HELD_OUT, "--limit", "3"), "--limit does nothing without --tasks"),
         (("evaluate", folders[0], "--tasks", "piqa", "--windows", "3"), "--windows does nothing without --text"),
         (("evaluate", folders[0], "--text", "x.txt", "--task-path", "x"), "--task-path does nothing without --tasks"),
-        (("evaluate", "some/name", "--text", HELD_OUT, "--keep-results"), "--keep-results writes into 'some/name'"),
+        (
+            ("evaluate", "some/name", "--text", HELD_OUT, "--keep-results"),
+            "--keep-results cannot write into 'some/name'",
+        ),
     ):
         answer = mezzotint(*command)
         assert answer.code == 2

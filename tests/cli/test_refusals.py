@@ -168,7 +168,7 @@ def test_no_tokenizer(refused: Refused, damaged: Path) -> None:
         (("--set", "grid.groupsize=64"), ("unknown setting 'grid.groupsize'", "Did you mean 'grid.group_size'?")),
         (("--set", "gridd.bits=4"), ("unknown setting", "Did you mean")),
         (("--set", "grid.bits"), ("has no '='", "grid.group_size=64")),
-        (("--set", "grid.bits=["), ("no YAML scalar",)),
+        (("--set", "grid.bits=["), ("not a valid YAML scalar",)),
         (("--set", "grid.symmetric=maybe"), ("'grid.symmetric'", "'maybe'")),
         (("--set", "grid.group_size=100"), ("100 does not divide the width 256", "128")),
         (("--set", "grid.group_size=0"), ("grid.group_size is 0", "at least 1")),

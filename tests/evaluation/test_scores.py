@@ -98,7 +98,7 @@ def test_beside_the_original(folders: dict[str, Path], task_path: Path) -> None:
 def test_what_cannot_be_run_is_an_error(task_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown task 'halvs'"):
         evaluate_tasks(TINY_LLAMA, ["halvs"], task_path=[task_path])
-    with pytest.raises(ConfigError, match="which is no folder"):
+    with pytest.raises(ConfigError, match="which is not a folder"):
         evaluate_tasks(TINY_LLAMA, ["halves"], task_path=[tmp_path / "none"])
     with pytest.raises(CalibrationError, match=r"the data of broken cannot be read.*--task-path"):
         evaluate_tasks(TINY_LLAMA, ["broken"], task_path=[task_path])

@@ -57,8 +57,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"{LEGAL}x: &a [*a, {{*a : *a}}]\n", None),
         (f"{LEGAL}x: {'[' * 500}{']' * 500}\n", None),
         (f"{LEGAL}? [license, {{language: de}}]\n: {{license: gpl}}\n", None),
-        (f"x: {'[' * 3000}\n{LEGAL}", "is no YAML"),
-        (f"x: [\n{LEGAL}", "is no YAML"),
+        (f"x: {'[' * 3000}\n{LEGAL}", "is not valid YAML"),
+        (f"x: [\n{LEGAL}", "is not valid YAML"),
         (f"{LEGAL}x: {'long ' * 300_000}\n", "is too long"),
         ("license: [mit, [gpl]]\nlanguage: {en: de}\nlicense_name: null\nlicense_link: *a\n", ""),
         ("- license\n- mit\n", ""),
@@ -155,9 +155,9 @@ def nowhere(path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "change", "told"),
     [
-        ("quantize", "tokenizer_config.json", pipe, "it is no regular file"),
+        ("quantize", "tokenizer_config.json", pipe, "it is not a regular file"),
         ("palette", "LICENSE", nowhere, "it is a link to nothing"),
-        ("convert", "tokenizer_config.json", pipe, "it is no regular file"),
+        ("convert", "tokenizer_config.json", pipe, "it is not a regular file"),
         ("rotate", "LICENSE", nowhere, "it is a link to nothing"),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_result_is_kept_where_its_place_is_taken(kind: str, packed: Path, tmp_
             return mezzotint.convert(packed, "dense", out=out, **options)
         return rotate(TINY_LLAMA, out, Rotations(), **options)
 
-    with pytest.raises(WriteError, match=r"was made by somebody else.*lies in .*out.partial: rename it"):
+    with pytest.raises(WriteError, match=r"was created by another program.*lies in .*out.partial: rename it"):
         made(step=step)
     assert (tmp_path / "out.partial" / "config.json").is_file()
     assert [path.name for path in out.iterdir()] == ["mine"]

@@ -186,7 +186,7 @@ def test_index_that_names_other_tensors(sharded: Path) -> None:
 def test_index_that_leaves_the_folder(sharded: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     index.write_text(re.sub(r'"model-00001', '"../model-00001', index.read_text()))
-    refused(sharded, "no plain file name")
+    refused(sharded, "not a plain file name")
 
 
 # ---- configurations ----
@@ -209,7 +209,7 @@ def test_no_model_type(copied: Path) -> None:
 
 def test_broken_configuration(copied: Path) -> None:
     (copied / "config.json").write_text("{")
-    refused(copied, "no JSON")
+    refused(copied, "not valid JSON")
 
 
 def test_impossible_value(copied: Path) -> None:

@@ -104,8 +104,8 @@ def test_another_file_is_another_plan(imatrix: Path, means: dict[str, np.ndarray
         ("rtn", {"settings": {"transform.kind": "hadamard"}}, "range 'weighted' in the basis of transform 'hadamard'"),
         ("rtn", {"settings": {"refinement.kind": "descent"}}, "refinement 'descent' needs the products"),
         ("rtn", {"settings": {"grid.range": "error"}}, "nothing here is weighted by it"),
-        ("rtn", {"calibration": "text.txt"}, "takes the place of calibration text"),
-        ("rtn", {"samples": 8}, "takes the place of calibration text"),
+        ("rtn", {"calibration": "text.txt"}, "replaces calibration text"),
+        ("rtn", {"samples": 8}, "replaces calibration text"),
     ],
 )
 def test_what_it_is_not_enough_for(imatrix: Path, recipe: str, options: dict[str, Any], message: str) -> None:

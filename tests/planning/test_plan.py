@@ -159,7 +159,7 @@ def test_our_own_format_holds_uniform_grids_too(tiny_folder: Folder) -> None:
 
 @pytest.mark.parametrize("rounding", ["gptaq", "qronos"])
 def test_corrections_are_not_counted_twice(rounding: str) -> None:
-    with pytest.raises(ConfigError, match=r"counts twice. Use target.kind=weight"):
+    with pytest.raises(ConfigError, match=r"corrected twice. Use target.kind=weight"):
         plan_of(TINY_LLAMA, settings={"rounding.kind": rounding, "target.kind": "qep"})
     plan_of(TINY_LLAMA, settings={"rounding.kind": rounding})
     # what corrects nothing may stand beside it

@@ -110,5 +110,5 @@ def test_folders_without_a_report(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no mezzotint.json; give a folder that `mezzotint quantize` made"):
         read_report(tmp_path)
     (tmp_path / "mezzotint.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ModelError, match="is no JSON"):
+    with pytest.raises(ModelError, match="is not valid JSON"):
         read_report(tmp_path)

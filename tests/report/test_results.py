@@ -80,7 +80,7 @@ def test_folders_that_cannot_be_compared(folders: tuple[Path, Path], tmp_path: P
     with pytest.raises(ModelError, match=r"has no mezzotint.json"):
         compare([folders[0], tmp_path])
     (tmp_path / RESULTS_NAME).write_text("{", encoding="utf-8")
-    with pytest.raises(ModelError, match="is no JSON"):
+    with pytest.raises(ModelError, match="is not valid JSON"):
         read_results(tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_inputs_that_are_all_zero_make_it_nearest():
 
 def test_needs_statistics():
     problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=1, columns=4, tokens=4, seed=0))
-    with pytest.raises(ConfigError, match="'gptq' needs calibration statistics"):
+    with pytest.raises(ConfigError, match="'gptq' needs calibration text"):
         Gptq().round(problem.aim, problem.grid, None)
 
 

@@ -78,7 +78,7 @@ def test_companions_follow_links_and_skip_folders(tmp_path: Path):
     ("make", "why"),
     [
         (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
-        (os.mkfifo, "no regular file"),  # to open it would take for ever
+        (os.mkfifo, "not a regular file"),  # to open it would take for ever
         pytest.param(
             lambda path: path.touch(mode=0),
             "Permission denied",
@@ -175,7 +175,7 @@ def link(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "told"),
     [
-        ("out", lambda path: path.write_text("x"), "is a file; the output is a folder"),
+        ("out", lambda path: path.write_text("x"), "is a file, but the output is a folder"),
         (
             "out/model",
             lambda path: (path.parent.mkdir(), path.write_text("x")),
@@ -222,7 +222,7 @@ def test_places_that_are_refused(
         ("n" * 250, r"too long: 258 bytes, and 255 are allowed there.*Choose a shorter --out"),
         ("new/" + "é" * 126, r"too long: 260 bytes"),
         ("/".join(["n" * 200] * 21), r"is too long: paths in it take up to \d+ bytes, and 4096 are allowed"),
-        ("zero\0", "no name of a file has a zero in it"),
+        ("zero\0", "a file name cannot contain a zero byte"),
         ("/", "exists and is not empty"),
         ("/proc/out", "cannot be made"),
         ("file/out", r"cannot be made in .*file: Not a directory"),
@@ -255,7 +255,7 @@ def test_unfinished_work(tmp_path: Path):
         (r"seed \(was 0, is 1\)", {"seed": 1}),
         (r"command \(was \"test\"", {"seed": 0, "command": "x"}),
     ):
-        with pytest.raises(ConfigError, match=f"is the work of another request: {told}"):
+        with pytest.raises(ConfigError, match=f"holds the work of another request: {told}"):
             begun(tmp_path / "out", resume=True, **other)  # pyright: ignore[reportArgumentType]
     again = begun(tmp_path / "out", resume=True, seed=0)
     assert again.resumed
@@ -276,7 +276,7 @@ def test_what_others_put_there_is_neither_removed_nor_moved(tmp_path: Path):
     with pytest.raises(OutputError, match=f"holds what mezzotint did not make: {told}"):
         OutputFolder(tmp_path / "out", resume=True)
     for late in (lambda: folder.finish({}), lambda: folder.announce(["thesis.txt"])):
-        with pytest.raises(WriteError, match=f"holds what this run did not make: {told}"):
+        with pytest.raises(WriteError, match=f"holds files that this run did not write: {told}"):
             late()
     assert not folder.path.exists()
     folder.discard()
@@ -337,7 +337,7 @@ def test_place_taken_meanwhile_keeps_the_work(tmp_path: Path):
     fill(folder)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "theirs").write_text("y")
-    with pytest.raises(WriteError, match=r"was made by somebody else.*lies in .*out.partial: rename it"):
+    with pytest.raises(WriteError, match=r"was created by another program.*lies in .*out.partial: rename it"):
         folder.finish({})
     assert (folder.partial / "model.safetensors").read_text() == "x"
 

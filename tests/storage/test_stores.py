@@ -117,7 +117,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     store = Store(Budget(0), tmp_path)
     store.put(0, torch.ones(1000))
     os.truncate(next(path for path in Path("/proc/self/fd").iterdir() if "spill-" in str(path.readlink())), 100)
-    with pytest.raises(WriteError, match=r"spilled into .* 4000 bytes were written, 100 are there.*--resume"):
+    with pytest.raises(WriteError, match=r"written to .* 4000 bytes were written, 100 are there.*--resume"):
         store.get(0)
     store.close()
 

@@ -66,7 +66,7 @@ def test_the_first_matrices_are_those_without_compensation(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "recipe", "message"),
-    [("gpt2", "qep-gptq", "not the weight of an nn.Linear"), ("llama", "lpcd-gptq", "compensation is for given codes")],
+    [("gpt2", "qep-gptq", "not the weight of an nn.Linear"), ("llama", "lpcd-gptq", "compensation needs final codes")],
 )
 def test_refusals(name: str, recipe: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -166,7 +166,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"submodules.parts": ["qk", "vq"]}, "setting 'submodules.parts' cannot be 'vq'"),
     ("llama", {"submodules.parts": []}, "name each of qk, vo, updown at most once"),
     ("llama", {"submodules.strength": 1.5}, "submodules.strength is 1.5; it must be from 0 to 1"),
-    ("llama", {"rounding.kind": "qronos", "target.kind": "weight"}, "that counts twice"),
+    ("llama", {"rounding.kind": "qronos", "target.kind": "weight"}, "would be corrected twice"),
 ]
 
 

@@ -109,7 +109,7 @@ def test_spilled_states_give_the_same(tiny_folder: Folder) -> None:
 
 
 def test_windows_without_a_next_token_are_refused(tiny_folder: Folder) -> None:
-    with pytest.raises(CalibrationError, match="nothing is predicted"):
+    with pytest.raises(CalibrationError, match="no token to predict"):
         measured(tiny_folder("llama"), random_windows(2, 1))
 
 

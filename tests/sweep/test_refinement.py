@@ -121,7 +121,7 @@ def test_nothing_is_kept_that_nothing_can_judge(held_out: str | None) -> None:
     rounded = rounded_of(problem, problem.aim)
     found, said = refined(ENTRY, rounded, problem.aim, problem.statistics, None)
     assert found is rounded
-    assert said.startswith("refused: nothing is held out")
+    assert said.startswith("refused: there are no held-out windows")
     nothing = Statistics(tokens=0.0, gram=torch.zeros(COLUMNS, COLUMNS))
     weight, told = solved(ENTRY, problem, nothing if held_out else None)
     assert told == said

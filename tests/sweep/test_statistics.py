@@ -196,7 +196,7 @@ def test_nothing_measured_is_not_reported_as_no_error(collected: Found, tmp_path
     unseen = 0
     for linear in report["linears"]:
         fit, held_out = collected[linear["name"]]
-        unjudged = linear["decisions"]["refinement"].startswith("refused: nothing is held out")
+        unjudged = linear["decisions"]["refinement"].startswith("refused: there are no held-out windows")
         assert unjudged == (held_out.tokens == 0)
         assert (linear["h_error"] is None) == (fit.tokens == 0)
         assert (linear["h_error_held_out"] is None) == (held_out.tokens == 0)

@@ -129,5 +129,5 @@ def test_singular_inputs_give_finite_aims_that_lose_nothing(kind, dtype, damping
 def test_needs_both_streams():
     weight, tokens = well_conditioned(seed=0)
     for fit in (None, replace(tokens.statistics(), drift=None)):
-        with pytest.raises(ConfigError, match="'loaq' needs statistics of both streams"):
+        with pytest.raises(ConfigError, match="'loaq' needs statistics of the original and the quantized model"):
             Loaq().aim(weight, fit, None)

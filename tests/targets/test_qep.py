@@ -224,8 +224,8 @@ def test_needs_both_streams_and_auto_needs_held_out_tokens():
     statistics = tokens.statistics()
     without = Statistics(tokens=statistics.tokens, gram=statistics.gram)
     for fit in (None, without):
-        with pytest.raises(ConfigError, match="'qep' needs calibration statistics of both streams"):
+        with pytest.raises(ConfigError, match="'qep' needs statistics of the original and the quantized model"):
             Qep().aim(weight, fit, None)
     for held_out in (None, without):
-        with pytest.raises(ConfigError, match="no window is held out"):
+        with pytest.raises(ConfigError, match="there is no held-out window"):
             Qep(alpha="auto").aim(weight, statistics, held_out)

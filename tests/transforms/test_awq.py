@@ -55,5 +55,5 @@ def test_a_strength_that_is_given_is_not_searched():
 def test_without_inputs_nothing_is_scaled_and_without_a_loss_nothing_is_searched():
     for strength in ("auto", 0.5):
         assert torch.equal(fit(Awq(strength=strength), statistics=None)[0].scale, torch.ones(4))
-    with pytest.raises(ConfigError, match="no loss to search by"):
+    with pytest.raises(ConfigError, match="needs calibration text to search with"):
         fit(Awq())

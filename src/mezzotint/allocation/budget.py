@@ -70,7 +70,7 @@ def allocate(
         ({'up': 1, 'down': 2}, 3.0, 300, 3.0)
     """
     if bits is None and seconds is None:
-        raise ConfigError("there is no budget: neither bits nor seconds. Give one, or both.")
+        raise ConfigError("there is no budget. Give bits, seconds, or both.")
     for what, value in (("seconds", seconds), ("time_constant", time_constant)):
         if value is not None and not 0 <= value < math.inf:
             raise ConfigError(f"{what} is {value}, not a time. Give seconds, 0 or more.")

@@ -51,10 +51,11 @@ class Knapsack:
         sizes = [name for name in self.budgets if name != "tokens_per_second"]
         if len(sizes) > 1:
             raise ConfigError(
-                f"allocation.{' and allocation.'.join(sizes)} are given, and all limit the size. Give one."
+                f"allocation.{' and allocation.'.join(sizes)} are given, and each of them limits the size. "
+                "Give only one."
             )
         if self.menu is not None and not self.menu:
-            raise ConfigError("allocation.menu is empty; give the bits to choose from, for example [2, 3, 4, 8].")
+            raise ConfigError("allocation.menu is empty. Give the bits to choose from, for example [2, 3, 4, 8].")
         for pattern, (fewest, most) in (self.limits or {}).items():
             if fewest > most:
                 raise ConfigError(

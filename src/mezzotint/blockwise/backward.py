@@ -40,7 +40,9 @@ class Backward:
         # what arrived at values that blocks hand on beside the hidden states: by window, name and writer
         self._beside: dict[tuple[int, str, int], Tensor] = {}
         if not sum(self.counts):
-            raise CalibrationError("no window has two tokens in a row, so nothing is predicted. Give longer windows.")
+            raise CalibrationError(
+                "no window has two tokens in a row, so there is no token to predict. Give longer windows."
+            )
 
     def through_head(self) -> None:
         """From labels to the last block's output."""

@@ -37,7 +37,7 @@ def local_folder(model: Path, *, trust_remote_code: bool = False) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model {name!r} is no folder, and the hub does not give a model of that name ({reason}). Give the folder "
+            f"model {name!r} is not a folder, and the hub has no model of that name ({reason}). Give the folder "
             "that holds config.json and model.safetensors, or go online."
         ) from error
 

@@ -120,7 +120,8 @@ def allocated(job: Job, tell: Told = lambda *_: None) -> Allocated:
     assert knapsack is not None
     if not knapsack.budgets:
         raise ConfigError(
-            "this recipe allocates bits, but there is no budget. Give --bits (average that is stored), --size or "
+            "this recipe allocates bits, but there is no budget. Give --bits (average stored bits per "
+            "weight), --size or "
             "--tokens-per-second."
         )
     if knapsack.fits is not None:
@@ -137,7 +138,7 @@ def allocated(job: Job, tell: Told = lambda *_: None) -> Allocated:
     planned = job.planned
     if knapsack.size is not None and planned.plan.format == "dense":
         raise ConfigError(
-            "--size says how large the folder may be, and a dense one is as large with any bits. Use --bits."
+            "--size has no effect with --for dense: a dense folder has the same size with any bits. Use --bits."
         )
     if knapsack.tokens_per_second is not None and planned.plan.format != "mezzotint":
         raise ConfigError(
@@ -306,7 +307,8 @@ def _check_budget(items: Sequence[Item], budget: int | None, knapsack: Knapsack,
     if knapsack.size is not None:
         raise ConfigError(
             f"--size is {knapsack.size:,} bytes; with this menu the folder takes {rest + least // 8:,} to "
-            f"{rest + most // 8:,} bytes, of which {rest:,} are not quantized. Raise the size, or allow fewer bits "
+            f"{rest + most // 8:,} bytes, of which {rest:,} bytes are not quantized. Raise the size, or "
+            "allow fewer bits "
             "(--set allocation.least, allocation.menu)."
         )
     raise ConfigError(

@@ -87,7 +87,7 @@ def _render(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenize
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
     except (TemplateError, ValueError, TypeError) as error:
         raise CalibrationError(
-            f"{where}: the tokenizer's chat template refuses this chat: {error}. Remove or repair the record."
+            f"{where}: the tokenizer's chat template rejects this chat: {error}. Remove or repair the record."
         ) from error
     assert isinstance(text, str)  # tokenize=False
     return text

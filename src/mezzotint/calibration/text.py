@@ -148,7 +148,9 @@ def _without_empty(documents: list[str], source: str) -> list[str]:
     """
     kept = [document for document in documents if document.strip()]
     if not kept:
-        raise CalibrationError(f"{source} is empty: {len(documents)} documents without text. Give a file with text.")
+        raise CalibrationError(
+            f"{source} has no text: all {len(documents)} documents are empty. Give a file with text."
+        )
     return kept
 
 
@@ -178,10 +180,10 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise CalibrationError(
-                f"{where} is not JSON: {error.msg} at column {error.colno}. A .jsonl file holds one object a line."
+                f"{where} is not JSON: {error.msg} at column {error.colno}. A .jsonl file holds one object per line."
             ) from error
         if not isinstance(record, dict):
-            raise CalibrationError(f"{where} is a {type(record).__name__}. A .jsonl file holds one object a line.")
+            raise CalibrationError(f"{where} is a {type(record).__name__}. A .jsonl file holds one object per line.")
         yield where, record
 
 

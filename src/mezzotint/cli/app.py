@@ -14,14 +14,14 @@ import typer
 from rich.console import Console
 
 from mezzotint.cli import tables
-from mezzotint.cli.options import Asked, Engine, Json, Model, RecipeName, asks
+from mezzotint.cli.options import MORE, Asked, Engine, Json, Model, RecipeName, asks
 from mezzotint.cli.stop import stopping, undisturbed
 from mezzotint.errors import ConfigError, MezzotintError, RunError
 from mezzotint.recipes.request import Request
 
 app = typer.Typer(
     name="mezzotint",
-    help="Make language models smaller: each weight in 2 to 8 bits, with the model's behaviour kept.",
+    help="Quantize language models after training: 1.5 to 8 bits per weight.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,7 +39,7 @@ class Exit(IntEnum):
 
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Continue what an interrupted run left beside --out; start if nothing is there."),
+    typer.Option("--resume", help="Continue an interrupted run with the same --out. Without one, start."),
 ]
 
 
@@ -49,16 +49,16 @@ def quantize(
     *,
     model: Model,
     out: Annotated[
-        Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.", show_default=False)
+        Path, typer.Option("--out", help="Folder to create. It must not exist, or be empty.", show_default=False)
     ],
     recipe: RecipeName = "default",
     engine: Engine = None,
     asked: Asked,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=MORE)] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model folder into another folder."""
+    """Quantize a model folder into a new folder."""
 
     def work() -> dict[str, Any]:
         from mezzotint.jobs import quantize as budgeted
@@ -85,11 +85,16 @@ def plan(
     engine: Engine = None,
     asked: Asked,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="With a budget: a .png, .svg or .pdf of size against loss.")
+        Path | None,
+        typer.Option(
+            "--plot",
+            help="With `palette` or a budget: draw size against loss into a .png, .svg or .pdf.",
+            rich_help_panel=MORE,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what would be done: every matrix, sizes, calibration, memory, time; with a budget, the frontier."""
+    """Print what `quantize` would do: bits of each matrix, size, memory and time. Nothing is written."""
 
     def work() -> dict[str, Any]:
         return _planned(asked.request(model, recipe, engine), None if as_json else Console(), plot)
@@ -99,7 +104,7 @@ def plan(
 
 @app.command()
 def recipes(*, as_json: Json = False) -> None:
-    """List every recipe that has a name, with its paper."""
+    """List all named recipes and their papers."""
 
     def work() -> dict[str, Any]:
         from mezzotint.recipes.recipe import presets
@@ -116,11 +121,12 @@ def recipes(*, as_json: Json = False) -> None:
 def palette(
     *,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure every distortion again (minutes) instead of reading the table.")
+        bool,
+        typer.Option("--measure", help="Measure all errors again (takes minutes), instead of using the stored table."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List every grid: bits, error on Gaussian weights against the bound, decode speed here, engines."""
+    """List all grids: bits, error on Gaussian weights, decoding speed on this machine, engines."""
 
     def work() -> dict[str, Any]:
         from mezzotint.jobs.palette import palette as members
@@ -142,7 +148,9 @@ def _planned(request: Request, console: Console | None, plot: Path | None) -> di
 
     check_plot(plot)
     if plot is not None and request.recipe.stages().allocation is None:
-        raise ConfigError("--plot draws size against loss where bits are allocated. Give --size, or --recipe palette.")
+        raise ConfigError(
+            "--plot needs bits that are allocated under a budget. Give --size or --recipe palette, or leave --plot out."
+        )
     with tables.progress(errors) as listener:
         planned, found = budgeted.plan(request, listener)
     if console is not None:
@@ -163,7 +171,7 @@ def finish(work: Callable[[], dict[str, Any]], as_json: bool) -> None:
         result = work()
     except KeyboardInterrupt as error:
         if leads():
-            _say("[red]stopped.[/red] Nothing was written under the output's name.", error)
+            _say("[red]stopped.[/red] The output folder was not created.", error)
         raise typer.Exit(Exit.FAILED) from None
     except MezzotintError as error:
         _say(f"[bold red]error:[/bold red] {tables.escape(str(error))}", error)

@@ -16,12 +16,14 @@ def convert(
     *,
     folder: Annotated[Path, typer.Argument(help="Folder that `mezzotint quantize` made.", show_default=False)],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.", show_default=False)
+        Path, typer.Option("--out", help="Folder to create. It must not exist, or be empty.", show_default=False)
     ],
     form: Annotated[
         str,
         typer.Option(
-            "--format", help="compressed-tensors, gptq, gptq-v2, mezzotint, gguf, exl3 or dense.", show_default=False
+            "--format",
+            help="File format: compressed-tensors, gptq, gptq-v2, mezzotint, gguf, exl3 or dense.",
+            show_default=False,
         ),
     ],
     engine: Engine = None,
@@ -29,7 +31,7 @@ def convert(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized folder in another format, with the same codes and scales."""
+    """Convert a quantized folder to another file format. Codes and scales stay the same."""
 
     def work() -> dict[str, Any]:
         from mezzotint.jobs.convert import convert as run

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mezzotint.cli import tables
 from mezzotint.cli.app import app, errors, finish
-from mezzotint.cli.options import Asked, Device, Json, Memory, Model, Trust, asks
+from mezzotint.cli.options import MORE, Asked, Device, Json, Memory, Model, Trust, asks
 from mezzotint.errors import ConfigError
 from mezzotint.recipes.request import parse_bytes, resolve_device
 
@@ -18,31 +18,64 @@ if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
     from mezzotint.evaluation.tasks import TaskScore
 
-Html = Annotated[Path | None, typer.Option("--html", help="Write a page that stands by itself, for any browser.")]
-Against = Annotated[Path | None, typer.Option("--against", help="The original, to compare with.")]
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Write the report as one HTML file that needs no other file.")
+]
+Against = Annotated[Path | None, typer.Option("--against", help="Folder of the original model, to compare with.")]
 
 
-TextOption = Annotated[str | None, typer.Option("--text", help="A file, or wikitext2, ptb, c4 by name.")]
-WindowTokens = Annotated[int | None, typer.Option("--seqlen", help="Tokens per window (2048 if the model takes it).")]
-WindowCount = Annotated[int | None, typer.Option("--windows", help="Use the first so many windows.")]
+TextOption = Annotated[str | None, typer.Option("--text", help="Text to measure on: a file, or wikitext2, ptb or c4.")]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--seqlen",
+        help="Tokens per window. The default is 2048, or the longest that the model allows.",
+        rich_help_panel=MORE,
+    ),
+]
+WindowCount = Annotated[
+    int | None,
+    typer.Option(
+        "--windows", help="Number of windows, from the start of the text. The default is all.", rich_help_panel=MORE
+    ),
+]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Folder that keeps the original's states for the next comparison.")
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Folder for the last hidden states of the original. The next evaluation reads them.",
+        rich_help_panel=MORE,
+    ),
 ]
 Products = Annotated[
     str,
     typer.Option(
-        "--precision", help="Of products: float32, or bfloat16, which takes half the time where there is AMX."
+        "--precision",
+        help="Precision of the forward passes: float32, or bfloat16 (twice as fast on CPUs with AMX).",
+        rich_help_panel=MORE,
     ),
 ]
-Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, e.g. arc_easy,piqa (extra 'eval').")]
-TaskPath = Annotated[
-    list[Path] | None, typer.Option("--task-path", help="Folder with further task files, for local data.")
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Tasks of lm-eval, e.g. arc_easy,piqa. Needs `pip install mezzotint[eval]`."),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", help="Use the first so many items of each task.")]
-Shots = Annotated[int | None, typer.Option("--shots", help="Solved examples before each item.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Items of a task that run together.")]
+TaskPath = Annotated[
+    list[Path] | None,
+    typer.Option("--task-path", help="Folder with your own lm-eval task files.", rich_help_panel=MORE),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", help="Number of questions per task. The default is all.", rich_help_panel=MORE)
+]
+Shots = Annotated[
+    int | None,
+    typer.Option("--shots", help="Number of solved examples in each prompt (few-shot).", rich_help_panel=MORE),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Batch size for tasks.", rich_help_panel=MORE)]
 Keep = Annotated[
-    bool, typer.Option("--keep-results", help="Keep what was measured in the folder, for its card and comparisons.")
+    bool,
+    typer.Option(
+        "--keep-results", help="Save the results in the folder, for its model card and for `mezzotint compare`."
+    ),
 ]
 
 
@@ -67,14 +100,14 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity on a text and tasks, and how far they are from the original's (KL in nats per token)."""
+    """Measure perplexity on a text, scores in tasks, and with --against the KL divergence from the original."""
 
     def work() -> dict[str, Any]:
         from mezzotint.evaluation import texts as texts
         from mezzotint.evaluation.scores import evaluate_tasks
 
         if text is None and tasks is None:
-            raise ConfigError("nothing to measure. Give --text FILE, --tasks NAMES, or both.")
+            raise ConfigError("evaluate has nothing to measure. Give --text FILE, --tasks NAMES, or both.")
         _idle("--text", text, {"--seqlen": seqlen, "--windows": windows, "--cache": cache})
         _idle("--tasks", tasks, {"--task-path": task_path or None, "--limit": limit, "--shots": shots})
         if keep_results:
@@ -113,32 +146,52 @@ def evaluate(
 def inspect(
     *,
     folder: Annotated[
-        Path, typer.Argument(help="A folder that mezzotint made; with --drift, an original.", show_default=False)
+        Path, typer.Argument(help="Quantized folder. With --drift: the original model.", show_default=False)
     ],
     html: Html = None,
+    every: Annotated[bool, typer.Option("--all", help="List every matrix, not one line per block.")] = False,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", help="With --html: let the model, and the one of --against, go on from it."),
+        typer.Option(
+            "--prompt",
+            help="With --html: show how the model, and the one of --against, continue this text.",
+            rich_help_panel=MORE,
+        ),
     ] = None,
     against: Against = None,
     drift: Annotated[
-        bool, typer.Option("--drift", help="Quantize the first blocks only and follow their error to the last one.")
+        bool,
+        typer.Option(
+            "--drift",
+            help="Quantize only the first blocks, and measure the error after every block.",
+            rich_help_panel=MORE,
+        ),
     ] = False,
     recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="With --drift: to compare; give several.")
+        list[str] | None,
+        typer.Option(
+            "--recipe", help="With --drift: recipe to measure. Can be given several times.", rich_help_panel=MORE
+        ),
     ] = None,
-    blocks: Annotated[int, typer.Option("--blocks", help="With --drift: how many to quantize.")] = 10,
+    blocks: Annotated[
+        int, typer.Option("--blocks", help="With --drift: number of blocks to quantize.", rich_help_panel=MORE)
+    ] = 10,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="With --drift: a .png or .svg with one line a recipe.")
+        Path | None,
+        typer.Option(
+            "--plot",
+            help="With --drift: draw the errors into a .png or .svg, one line per recipe.",
+            rich_help_panel=MORE,
+        ),
     ] = None,
     asked: Asked,
     as_json: Json = False,
 ) -> None:
-    """Show what was done to a quantized folder: bits, sizes, errors; with --drift, how errors travel in a model."""
+    """Show the report of a quantized folder: bits, errors, size and time. --drift: how errors grow over the blocks."""
 
     def work() -> dict[str, Any]:
         if not drift:
-            return _inspected(folder, html, prompt, against, device=asked.device, as_json=as_json)
+            return _inspected(folder, html, prompt, against, device=asked.device, every=every, as_json=as_json)
         from mezzotint.cli.plots import check_plot, plot_drift
         from mezzotint.jobs.drift import measure_drift
 
@@ -158,11 +211,11 @@ def inspect(
 @app.command()
 def compare(
     *,
-    folders: Annotated[list[Path], typer.Argument(help="Two or more folders that mezzotint made.", show_default=False)],
+    folders: Annotated[list[Path], typer.Argument(help="Two or more quantized folders.", show_default=False)],
     html: Html = None,
     as_json: Json = False,
 ) -> None:
-    """Quantized folders beside each other; differences of what `evaluate --keep-results` kept, with their intervals."""
+    """Compare quantized folders: size, time, and results of `evaluate --keep-results` with confidence intervals."""
 
     def work() -> dict[str, Any]:
         from mezzotint.cli.page import check_page, comparison, write_page
@@ -189,7 +242,10 @@ def _check_results(folder: Path) -> None:
     from mezzotint.report.results import read_results
 
     if not folder.is_dir():
-        raise ConfigError(f"--keep-results writes into {str(folder)!r}, which is no folder. Leave it out.")
+        raise ConfigError(
+            f"--keep-results cannot write into {str(folder)!r}: this is not a folder. "
+            "Give a folder, or leave --keep-results out."
+        )
     read_results(folder)
 
 
@@ -222,11 +278,18 @@ def _idle(option: str, value: object | None, others: dict[str, object | None]) -
     """
     for name, given in others.items():
         if value is None and given is not None:
-            raise ConfigError(f"{name} does nothing without {option}. Give both, or leave it out.")
+            raise ConfigError(f"{name} does nothing without {option}. Give both, or leave {name} out.")
 
 
 def _inspected(
-    folder: Path, html: Path | None, prompt: str | None, against: Path | None, *, device: str, as_json: bool
+    folder: Path,
+    html: Path | None,
+    prompt: str | None,
+    against: Path | None,
+    *,
+    device: str,
+    every: bool,
+    as_json: bool,
 ) -> dict[str, Any]:
     from mezzotint.cli.page import check_page, single, write_page
     from mezzotint.report.report import read_report
@@ -244,5 +307,7 @@ def _inspected(
             written = write_samples(models, prompt, device=resolve_device(device))
         write_page(html, single(folder.absolute().name, report, read_results(folder), prompt, written))
     if not as_json:
-        tables.show_report(report, Console())
+        from mezzotint.cli.inspected import show_report
+
+        show_report(report, Console(), every=every)
     return report

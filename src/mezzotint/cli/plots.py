@@ -61,4 +61,4 @@ def save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Give --plot another place.") from error
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Give --plot another path.") from error

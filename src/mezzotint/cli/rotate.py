@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mezzotint.cli import tables
 from mezzotint.cli.app import Resume, app, errors, finish
-from mezzotint.cli.options import Json, Model, Trust
+from mezzotint.cli.options import MORE, Json, Model, Trust
 
 Kind = "hadamard, random or none."
 
@@ -18,24 +18,29 @@ def rotate(
     *,
     model: Model,
     out: Annotated[
-        Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.", show_default=False)
+        Path, typer.Option("--out", help="Folder to create. It must not exist, or be empty.", show_default=False)
     ],
     residual: Annotated[
         str, typer.Option("--residual", help=f"Rotation of the residual stream (R1): {Kind}")
     ] = "hadamard",
-    heads: Annotated[str, typer.Option("--heads", help=f"Rotation of the values of heads (R2): {Kind}")] = "hadamard",
+    heads: Annotated[
+        str, typer.Option("--heads", help=f"Rotation of the attention values, per head (R2): {Kind}")
+    ] = "hadamard",
     untie: Annotated[
-        bool, typer.Option("--untie", help="A head that is the embedding may become a matrix of its own.")
+        bool, typer.Option("--untie", help="Store lm_head separately if it is tied to the embedding.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the model's own if left out.")
+        str | None,
+        typer.Option(
+            "--dtype", help="float16, bfloat16 or float32. The default is the checkpoint's own.", rich_help_panel=MORE
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the rotations.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random rotations.", rich_help_panel=MORE)] = 0,
     resume: Resume = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Rotate a model into one that computes the same and has fewer outliers; quantize that one."""
+    """Rotate the weights of a model. It computes the same, with fewer outliers. Quantize the new folder."""
 
     def work() -> dict[str, Any]:
         from mezzotint.jobs.rotate import Rotations
@@ -46,8 +51,8 @@ def rotate(
             result = run(model, out, choices, resume=resume, trust_remote_code=trust_remote_code, step=progress)
         if not as_json:
             Console().print(
-                f"{result['out']}: {result['output_bytes'] / 2**20:.1f} MiB. Before rounding to the stored dtype, "
-                f"logits differ by {result['difference']:.1e} of the largest."
+                f"{result['out']}: {result['output_bytes'] / 2**20:.1f} MiB. The largest change of a logit, before "
+                f"rounding to the stored dtype, is {result['difference']:.1e} of the largest logit."
             )
         return result
 

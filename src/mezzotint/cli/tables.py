@@ -15,7 +15,7 @@ from rich.table import Table
 from mezzotint.allocation.knapsack import ALLOCATED
 
 __all__ = [
-    "bar", "escape", "progress", "show_evaluation", "show_plan", "show_recipes", "show_report", "show_result", "size",
+    "bar", "escape", "progress", "show_evaluation", "show_plan", "show_recipes", "show_result", "size",
 ]  # fmt: skip
 
 
@@ -279,22 +279,6 @@ def show_comparison(found: Sequence[Any], pairs: Sequence[Any], console: Console
 def _loss(text: Mapping[str, Any]) -> str:
     divergence = "" if text["kl_nats"] is None else f"KL {text['kl_nats']:.4f}, "
     return f"{divergence}perplexity {text['perplexity']:.2f}"
-
-
-def show_report(report: Mapping[str, Any], console: Console) -> None:
-    """Every matrix of a finished folder."""
-    table = Table(title=f"{report['model']}: recipe {report['recipe']['name']}, format {report['plan']['format']}")
-    for column in ("matrix", "bits", "weight error", "error", "held-out error"):
-        table.add_column(column, justify="left" if column == "matrix" else "right", overflow="fold")
-    for linear in report["linears"]:
-        errors = [linear["weight_error"], linear["h_error"], linear["h_error_held_out"]]
-        shown = ["-" if e is None else f"{e:.2e}" for e in errors]
-        table.add_row(linear["name"], f"{linear['bits_per_weight']:.3f}", *shown)
-    console.print(table)
-    console.print(
-        f"{report['bits_per_weight']:.3f} bits per weight, {size(report['output_bytes'])}, made in "
-        f"{report['seconds']:.1f} s with at most {size(report['peak_rss_bytes'])}"
-    )
 
 
 def show_drift(found: Sequence[Any], console: Console) -> None:

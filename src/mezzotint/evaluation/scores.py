@@ -51,7 +51,7 @@ def evaluate_tasks(
         if value is not None and value < least:
             raise ConfigError(f"--{name} is {value}; it must be at least {least}.")
     if not tasks:
-        raise ConfigError("no task is named. Give for example --tasks arc_easy,piqa.")
+        raise ConfigError("--tasks names no task. Give for example --tasks arc_easy,piqa.")
     manager = load_tasks(tasks, task_path)
 
     def run(folder: Path) -> dict[str, TaskRun]:

@@ -107,7 +107,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> Any:
         ) from error
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"--task-path is {str(folder)!r}, which is no folder. Give one that holds task files.")
+            raise ConfigError(f"--task-path is {str(folder)!r}, which is not a folder. Give a folder with task files.")
     paths = [str(folder.absolute()) for folder in folders]
     with _quiet():
         manager = TaskManager(include_path=paths or None, include_defaults=not paths)
@@ -230,7 +230,7 @@ def _run(task: str, found: Mapping[str, Any]) -> TaskRun:
             items=_items(of_filter, name, float(value)),
         )
     if not metrics:
-        raise ConfigError(f"{task} gave no metric. Name its subtasks instead of the group.")
+        raise ConfigError(f"{task} has no metric. Name its subtasks instead of the group.")
     return TaskRun(
         count=found.get("n-samples", {}).get(task, {}).get("effective", len(samples)),
         shots=int(found.get("n-shot", {}).get(task) or 0),

@@ -99,7 +99,7 @@ def _unreadable(path: Path) -> str | None:
     """Why the bytes of a file cannot be had; a pipe would make its reader wait for ever."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            return "it is no regular file"
+            return "it is not a regular file"
         os.close(os.open(path, os.O_RDONLY))
     except FileNotFoundError:
         return "it is a link to nothing" if path.is_symlink() else "it is gone"

@@ -105,7 +105,7 @@ class Exl3:
         scale = fitted.scale.cpu().to(torch.float16)
         if not torch.equal(scale.to(fitted.scale.dtype), fitted.scale.cpu()):
             raise FormatError(
-                f"{matrix.name} has the scale {float(fitted.scale):g}, which is no float16 number, and EXL3 stores no "
+                f"{matrix.name} has the scale {float(fitted.scale):g}, which float16 cannot hold, and EXL3 stores no "
                 "other. Quantize the original again."
             )
         bits = basis.input_sign.cpu().unsqueeze(1) >> torch.arange(8) & 1

@@ -277,7 +277,7 @@ def _check_report(folder: Path, made: _Conversion, ending: Ending, *, before: st
         ending.rehearse({}, report)
     except (LookupError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{str(folder / REPORT_NAME)!r} is no report of mezzotint ({type(error).__name__}: {error}). Remove it "
+            f"{str(folder / REPORT_NAME)!r} is not a report of mezzotint ({type(error).__name__}: {error}). Remove it "
             "to convert without a report, or quantize again."
         ) from error
 

@@ -51,7 +51,10 @@ class Rotations:
             if value not in KINDS:
                 raise ConfigError(unknown(what, value, KINDS))
         if self.residual == self.heads == "none":
-            raise ConfigError("--residual and --heads are both none: nothing would be rotated.")
+            raise ConfigError(
+                "--residual and --heads are both none, so there is nothing to rotate. Set one of them to "
+                "hadamard or random."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(unknown("--dtype", self.dtype, DTYPES))
 

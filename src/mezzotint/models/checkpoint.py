@@ -169,11 +169,11 @@ def _sharded(root: Path) -> dict[str, TensorInfo]:
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _corrupt(index, f"it is no index of tensors ({type(error).__name__}: {error})") from error
+        raise _corrupt(index, f"it is not an index of tensors ({type(error).__name__}: {error})") from error
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
-            raise _corrupt(index, f"it names the shard {shard!r}, which is no plain file name")
+            raise _corrupt(index, f"it names the shard {shard!r}, which is not a plain file name")
         if not (root / shard).is_file():
             here = sum((root / other).is_file() for other in set(weight_map.values()))
             raise ModelError(
@@ -208,7 +208,7 @@ def _fill(value: Tensor, path: Path, offset: int) -> None:
 
 def gone(path: Path, how: str) -> VanishedError:
     """The error for a file that was there when its header was read."""
-    return VanishedError(f"{path} {how}; it was complete when the run began. Put it back as it was.")
+    return VanishedError(f"{path} {how}; it was complete when the run began. Restore it.")
 
 
 def _truncated(path: Path, expected: int, size: int, *, tensor: str | None = None) -> ModelError:

@@ -177,7 +177,7 @@ def _config_error(root: Path, error: Exception) -> str:
     try:
         written = json.loads((root / "config.json").read_text(encoding="utf-8"))
     except ValueError as broken:
-        return f"config.json of {str(root)!r} is no JSON ({broken}). Download it again."
+        return f"config.json of {str(root)!r} is not valid JSON ({broken}). Download it again."
     model_type = written.get("model_type") if isinstance(written, dict) else None
     if model_type is None:
         return f"config.json of {str(root)!r} has no model_type. Use the config.json that belongs to the weights."

@@ -17,17 +17,18 @@ def check_stages(matrix: str, stages: Stages) -> None:
     """
     if not stages.rounding.accepts_corrected and stages.submodules is not None:
         raise ConfigError(
-            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; what submodules aim at is already "
-            "corrected, and that counts twice. Use rounding.kind=gptq, or submodules.kind=none."
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects drift itself, and the targets of "
+            "submodules are already "
+            "corrected: the error would be corrected twice. Use rounding.kind=gptq, or submodules.kind=none."
         )
     if not stages.rounding.accepts_corrected and "drift" in stages.target.needs:
         raise ConfigError(
-            f"{matrix}: rounding {stages.rounding.kind!r} corrects for drift itself; with target "
-            f"{stages.target.kind!r} that counts twice. Use target.kind=weight, or rounding.kind=gptq."
+            f"{matrix}: rounding {stages.rounding.kind!r} corrects drift itself, and so does target "
+            f"{stages.target.kind!r}: it would be corrected twice. Use target.kind=weight, or rounding.kind=gptq."
         )
     if stages.rounding.scalar_only and stages.grid.tile != (1, 1):
         raise ConfigError(
-            f"{matrix}: this rounding serves scalar grids only, and the grid encodes tiles of {stages.grid.tile}. "
+            f"{matrix}: this rounding needs a scalar grid, but this grid encodes tiles of {stages.grid.tile}. "
             "Use rounding.kind=gptq."
         )
     refusals = list(_refusals(stages))
@@ -48,11 +49,11 @@ def _refusals(stages: Stages) -> Iterator[tuple[str, str]]:
 def _refuses_curvature(stages: Stages) -> str | None:
     """Why the other stages know nothing of the curvature in outputs, or change what outputs are, or None."""
     if stages.rounding.kind != "gptq":
-        return f"is for rounding.kind=gptq, and this one is {stages.rounding.kind!r}"
+        return f"needs rounding.kind=gptq, but rounding.kind is {stages.rounding.kind!r}"
     if not isinstance(stages.grid, UniformGrid):
-        return f"is for grids of kind uniform, not {stages.grid.kind!r}"
+        return f"needs grid.kind=uniform, but grid.kind is {stages.grid.kind!r}"
     if stages.transform is not None:
-        return f"is measured on the model as it is, and transform {stages.transform.kind!r} changes it"
+        return f"is measured in the original basis, and transform {stages.transform.kind!r} changes it"
     return None
 
 
@@ -60,7 +61,7 @@ def _refuses_refinement(stages: Stages, refinement: Refinement) -> str | None:
     """Why the grid cannot be refined, or what was rounded must not be, or None."""
     if not stages.rounding.accepts_corrected:
         kind = stages.rounding.kind
-        return f"moves codes towards the target, and would take back what rounding {kind!r} corrects beside it"
+        return f"moves codes towards the target, and would undo the drift correction of rounding {kind!r}"
     return refinement.refuses(stages.grid)
 
 
@@ -74,11 +75,11 @@ def check_compensation(entry: Entry, matrix: Matrix) -> None:
         return
     if entry.submodules is not None:
         raise ConfigError(
-            "compensation is for given codes, and submodules change codes after statistics were taken. "
+            "compensation needs final codes, but submodules change codes after the statistics are collected. "
             "Use submodules.kind=none or compensation.kind=none."
         )
     if not matrix.linear or matrix.expert is not None:
         raise ConfigError(
-            f"{matrix.name} is not the weight of an nn.Linear, and an adapter holds nothing else. Leave it out with "
+            f"{matrix.name} is not the weight of an nn.Linear, so it cannot have an adapter. Leave it out with "
             "{match: ..., set: {compensation.kind: none}}."
         )

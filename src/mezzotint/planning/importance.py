@@ -74,7 +74,7 @@ def open_importance(source: Source, entries: Sequence[Entry], path: Path) -> Imp
         if inputs != matrix.shape[1]:
             raise FormatError(
                 f"importance matrix {path.name} has {inputs} inputs for {matrix.name} ({name}), which has "
-                f"{matrix.shape[1]}. It was made for another model."
+                f"{matrix.shape[1]}. The file was made for another model. Give the file of this model."
             )
         squares[matrix.name] = found.squares[name]
     return Importance(name=path.name, checksum=found.checksum, squares=squares)

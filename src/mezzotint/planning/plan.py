@@ -55,7 +55,10 @@ def make_plan(source: Source, request: Request, *, calibrate: bool = False) -> P
     calibration, importance = None, None
     if request.calibration.imatrix is not None:
         if calibrate:
-            raise ConfigError("this needs calibration text, and --imatrix gives mean squares of inputs. Leave it out.")
+            raise ConfigError(
+                "this recipe needs calibration text, and --imatrix has only mean squares of inputs. Leave "
+                "--imatrix out."
+            )
         importance = open_importance(source, entries, request.calibration.imatrix)
     elif calibrate or any(entry.needs for entry in entries):
         calibration = _calibration(source, entries, request)
@@ -125,7 +128,9 @@ def _held(
 ) -> _Decision:
     entries, kept = _entries(source, recipe)
     if not entries:
-        raise ConfigError(f"nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule.")
+        raise ConfigError(
+            f"there is nothing to quantize: all {len(kept)} matrices are kept. Remove a --keep pattern or a rule."
+        )
     if step is not None:
         entries = [replace(entry, steps_down=(*entry.steps_down, step)) for entry in entries]
     return _Decision(entries, kept, *chosen_format(source, entries, request, instead))
@@ -202,15 +207,15 @@ def _steps_down(block: Block | None, matrix: Matrix, stages: Stages) -> Iterator
     if stages.curvature is not None and matrix.expert is not None:
         yield StepDown(
             "curvature.kind=none",
-            "the outputs of an expert are not those of a module, so gradients in them are not seen",
+            "the gradients in the outputs of an expert cannot be recorded, because an expert is not a module",
         )
     ends = {role.matrix for role in block.roles if role.kind in ("o", "down")}
     group = next(group for group in block.groups if matrix.name in group.matrices)
     if "residual" in stages.target.needs and matrix.name in ends and not group.sees_residual:
         why = (
-            "experts see other tokens in each stream"
+            "experts get different tokens in the original and the quantized model"
             if group.experts
-            else "its output is not added to the stream as it is"
+            else "its output is normalised before the residual add"
         )
         yield StepDown(f"target {stages.target.kind!r} without the residual stream, as 'qep'", why)
 

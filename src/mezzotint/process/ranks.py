@@ -52,10 +52,10 @@ class Ranks:
             # a rank that is interrupted waits for nobody
             stopped = (self.first or isinstance(error, Exception)) and not self.told(False)
             if stopped and not self.first:
-                raise RankError("rank 0 has stopped; its message says why.") from error
+                raise RankError("rank 0 has stopped. Its message says why.") from error
             raise
         if not self.told(True):
-            raise RankError("rank 0 has stopped; its message says why.")
+            raise RankError("rank 0 has stopped. Its message says why.")
 
     def told(self, value: Any) -> Any:
         """What the first rank has, a value of JSON."""

@@ -64,7 +64,7 @@ class Rule(BaseModel):
     def _about_a_matrix(self) -> "Rule":
         for name in self.set:
             if name.startswith("allocation."):
-                raise ValueError(f"{name} is about all matrices together; set it outside the rules")
+                raise ValueError(f"{name} applies to all matrices together. Set it outside the rules")
         return self
 
 
@@ -167,7 +167,7 @@ def _optional(stage: str, settings: Mapping[str, Any], registry: Registry) -> An
         return build(stage, settings, registry)
     for name in sorted(settings.keys() - {"kind"}):
         raise ConfigError(
-            f"setting '{stage}.{name}' does nothing while {stage}.kind is none. Set the kind too: "
+            f"setting '{stage}.{name}' has no effect, because {stage}.kind is none. Set {stage}.kind too: "
             f"{', '.join(registry) or 'there is none yet'}."
         )
     return None

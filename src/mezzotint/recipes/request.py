@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"size {text!r} is not understood; write for example 8GiB, 1500MB or a number of bytes.")
+        raise ConfigError(f"size {text!r} is not a size. Write for example 8GiB, 1500MB or a number of bytes.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -59,7 +59,7 @@ class CalibrationRequest:
 
     def __post_init__(self) -> None:
         if self.imatrix is not None and (self.source != "self" or self.samples is not None or self.seqlen is not None):
-            raise ConfigError("--imatrix takes the place of calibration text; leave --calibration and its options out.")
+            raise ConfigError("--imatrix replaces calibration text. Leave --calibration and its options out.")
         for name, value, least in (("samples", self.samples, 2), ("seqlen", self.seqlen, 8)):
             if value is not None and value < least:
                 raise ConfigError(f"--{name} is {value}; it must be at least {least}.")
@@ -219,5 +219,5 @@ def resolve_device(name: str) -> str:
         raise ConfigError(unknown("device", name, ("auto", "cpu", "cuda")))
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu.")
+        raise ConfigError("--device is cuda, but torch finds no CUDA device. Use --device cpu.")
     return "cuda" if available and name != "cpu" else "cpu"

@@ -245,7 +245,7 @@ def legal_front_matter(folder: Path) -> tuple[dict[str, str | list[str]], str | 
     try:
         return _legal(yaml.parse(found[1], _EVENTS)), None
     except yaml.YAMLError as error:
-        return {}, _no_legal(path, f"its front matter is no YAML ({' '.join(str(error).split())})")
+        return {}, _no_legal(path, f"its front matter is not valid YAML ({' '.join(str(error).split())})")
 
 
 def _no_legal(path: Path, why: str) -> str:

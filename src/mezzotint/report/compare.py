@@ -81,7 +81,7 @@ def compare(folders: Sequence[Path]) -> tuple[tuple[Compared, ...], tuple[Pair, 
         ModelError: a folder has no report.
     """
     if len(folders) < 2:
-        raise ConfigError(f"a comparison needs at least 2 folders, not {len(folders)}.")
+        raise ConfigError(f"compare needs at least 2 folders, not {len(folders)}. Give two or more.")
     found = tuple(
         Compared(name=name, report=read_report(folder), results=read_results(folder))
         for name, folder in zip(_names(folders), folders, strict=True)
@@ -97,7 +97,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(path[-depth:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise ConfigError(f"{str(folders[0])!r} is given twice; a comparison needs different folders.")
+    raise ConfigError(f"{str(folders[0])!r} is given twice. Give different folders.")
 
 
 def _texts(first: Compared, second: Compared) -> list[Pair]:

@@ -129,8 +129,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     path = folder / REPORT_NAME
     if not path.is_file():
-        raise ModelError(f"{str(folder)!r} has no {REPORT_NAME}; give a folder that `mezzotint quantize` made.")
+        raise ModelError(f"{str(folder)!r} has no {REPORT_NAME}. Give a folder that `mezzotint quantize` made.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{str(path)!r} is no JSON ({error}); quantize again.") from error
+        raise ModelError(f"{str(path)!r} is not valid JSON ({error}). Quantize again.") from error

@@ -26,9 +26,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{str(path)!r} is no JSON ({error}); remove it and evaluate again.") from error
+        raise ModelError(f"{str(path)!r} is not valid JSON ({error}). Remove it and evaluate again.") from error
     if not isinstance(found, dict) or not all(isinstance(found.get(kind), dict) for kind in ("texts", "tasks")):
-        raise ModelError(f"{str(path)!r} has no 'texts' and 'tasks' as mezzotint writes them; remove it.")
+        raise ModelError(f"{str(path)!r} has no 'texts' and 'tasks'. Remove it and evaluate again.")
     return found
 
 

@@ -28,9 +28,13 @@ def check_drift(kind: str, aim: Aim, fit: Statistics | None) -> tuple[Statistics
         ConfigError: there is no drift in them, or the aim is already corrected for it.
     """
     if fit is None or fit.drift is None:
-        raise ConfigError(f"rounding {kind!r} needs calibration statistics of both streams; use 'gptq' instead.")
+        raise ConfigError(
+            f"rounding {kind!r} needs statistics of the original and the quantized model. Use rounding.kind=gptq."
+        )
     if aim.corrected:
-        raise ConfigError(f"rounding {kind!r} corrects for drift itself; with a corrected target that counts twice.")
+        raise ConfigError(
+            f"rounding {kind!r} corrects drift itself; with a corrected target, drift would be corrected twice."
+        )
     return fit, fit.drift
 
 

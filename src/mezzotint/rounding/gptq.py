@@ -47,7 +47,7 @@ class Gptq:
             NotPositiveDefiniteError: the Hessian cannot be factored with any damping.
         """
         if fit is None:
-            raise ConfigError("rounding 'gptq' needs calibration statistics; give calibration text or use 'nearest'.")
+            raise ConfigError("rounding 'gptq' needs calibration text. Give one, or use rounding.kind=nearest.")
         tile = grid.grid.tile[1]
         factor = fit.factor(self.damping, self.order, tile)
         upper = factor.upper.to(aim.matrix.dtype)
@@ -80,6 +80,6 @@ def _by_rows(
 ) -> tuple[FittedGrid, Callable[..., Tensor]]:
     """The grid of rows in another order, and how it is fed with what they take of each other's errors."""
     if not isinstance(grid, AffineGrid):
-        raise ConfigError(f"curvature is for uniform grids, not for {grid.grid.kind!r}; set curvature.kind=none.")
+        raise ConfigError(f"curvature needs a uniform grid, not {grid.grid.kind!r}. Set curvature.kind=none.")
     turned = grid.with_parameters(grid.scale[rows], grid.zero_point[rows])
     return turned, partial(turned.feed_, taken=taken)

@@ -69,7 +69,7 @@ class Descent:
         grid = rounded.grid
         if not isinstance(grid, AffineGrid):
             raise ConfigError(
-                f"refinement 'descent' is for uniform grids, not for {grid.grid.kind!r}; set refinement.kind=none."
+                f"refinement 'descent' needs a uniform grid, not {grid.grid.kind!r}. Set refinement.kind=none."
             )
         found = [self._descended(rounded, quadratic)]
         if "nearest" in self.starts:

@@ -72,7 +72,7 @@ class OutputFolder:
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
-            raise OutputError(f"{self.path} cannot be looked at: {error.strerror}. Choose another --out.") from error
+            raise OutputError(f"{self.path} cannot be read: {error.strerror}. Choose another --out.") from error
 
     @property
     def result(self) -> Path:
@@ -198,7 +198,7 @@ class OutputFolder:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise WriteError(
-                f"{self.path} was made by somebody else while this run worked. The finished result lies in "
+                f"{self.path} was created by another program during this run. The finished result lies in "
                 f"{folder}: rename it."
             ) from error
         self._placed = True
@@ -220,13 +220,16 @@ class OutputFolder:
         strange = strange_names(self.partial, [MARKER, *self._marker["makes"]])
         if strange:
             raise WriteError(
-                f"{self.partial} holds what this run did not make: {_listed(strange)}. Move it away, and run the same "
+                f"{self.partial} holds files that this run did not write: {_listed(strange)}. Move it away, "
+                "and run the same "
                 "command with --resume."
             )
 
     def _check_names(self) -> None:
         if "\0" in str(self.path):
-            raise OutputError(f"--out is {str(self.path)!r}; no name of a file has a zero in it. Choose another --out.")
+            raise OutputError(
+                f"--out is {str(self.path)!r}; a file name cannot contain a zero byte. Choose another --out."
+            )
         there = _existing(self.path)
         longest, whole = os.pathconf(there, "PC_NAME_MAX"), os.pathconf(there, "PC_PATH_MAX")
         for part in self.partial.parts:
@@ -247,13 +250,14 @@ class OutputFolder:
         """What lies in the place of the result must be what a rename can replace: nothing, or an empty folder."""
         if self.path.is_symlink():
             raise OutputError(
-                f"{self.path} is a link to {self.path.readlink()}; the output takes the place of its name by a rename. "
-                "Give --out the place that the link leads to, or another one."
+                f"{self.path} is a link to {self.path.readlink()}; the output folder is renamed to this "
+                "name at the end. "
+                "Give --out the target of the link, or another folder."
             )
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise OutputError(f"{self.path} is a file; the output is a folder. Choose another --out.")
+            raise OutputError(f"{self.path} is a file, but the output is a folder. Choose another --out.")
         count = sum(1 for _ in self.path.iterdir())
         if count and resume:
             self._marker = _marker_in(self.path)
@@ -266,7 +270,8 @@ class OutputFolder:
         if not self._placed and (os.path.ismount(self.path) or self.path.samefile(Path.cwd())):
             how = "a mount point" if os.path.ismount(self.path) else "the folder that this command runs in"
             raise OutputError(
-                f"{self.path} is {how}; the output takes the place of its name by a rename. Choose another --out, for "
+                f"{self.path} is {how}; the output folder is renamed to this name at the end. Choose "
+                "another --out, for "
                 f"example {self.path / 'quantized'}."
             )
 
@@ -316,8 +321,8 @@ def differences(before: Any, after: Any, name: str = "") -> list[str]:
 def another_request(changes: list[str], folder: Path) -> ConfigError:
     """The error for work that lies in a folder and is that of another request."""
     return ConfigError(
-        f"{folder} is the work of another request: {'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''} "
-        "changed. Ask for what was asked for then, remove the folder, or choose another --out."
+        f"{folder} holds the work of another request: {'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''} "
+        "changed. Give the same request as before, remove the folder, or choose another --out."
     )
 
 

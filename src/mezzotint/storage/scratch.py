@@ -40,8 +40,8 @@ class Scratch:
                 done += os.pwrite(self._handle, view[done:], offset + done)
         except OSError as error:
             raise WriteError(
-                f"cannot spill {len(view)} bytes of {self._what} into {str(self._folder)!r}: {error.strerror}. "
-                "Free space there, or raise --memory so that less is spilled."
+                f"cannot write {len(view)} bytes of {self._what} to {str(self._folder)!r}: {error.strerror}. "
+                "Free space there, or raise --memory so that less goes to disk."
             ) from error
 
     def read_(self, value: Tensor, offset: int) -> Tensor:
@@ -55,8 +55,9 @@ class Scratch:
             done += count
         if done < len(view):
             raise WriteError(
-                f"{self._what} spilled into {str(self._folder)!r} are lost: {len(view)} bytes were written, {done} are "
-                "there. Look after the disk, and run the same command with --resume."
+                f"{self._what} that were written to {str(self._folder)!r} are lost: {len(view)} bytes were "
+                f"written, {done} are "
+                "there. Check the disk, and run the same command with --resume."
             )
         return value
 

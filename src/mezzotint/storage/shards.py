@@ -157,7 +157,7 @@ class ShardWriter:
             if copied < size:
                 raise VanishedError(
                     f"{path} is truncated: {name} takes {size} bytes from {offset}, {copied} are there. "
-                    "It was complete when the run began; put it back as it was."
+                    "It was complete when the run began. Restore it."
                 )
 
     def checkpoint(self) -> int:
@@ -358,7 +358,7 @@ def _source(path: Path) -> BinaryIO:
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
-        raise VanishedError(f"{path} cannot be opened any more ({error.strerror}). Put it back as it was.") from error
+        raise VanishedError(f"{path} cannot be opened any more ({error.strerror}). Restore it.") from error
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

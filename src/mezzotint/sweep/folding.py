@@ -225,7 +225,7 @@ class Folding:
         ends = tuple(reader.parameter for reader in part.fold.readers)
         if ends not in same:
             same[ends] = self._keeps_the_block(part, calls)
-        return None if same[ends] else "what lies between it and what makes its inputs is more than a factor"
+        return None if same[ends] else "a nonlinearity lies between the two matrices, so scales cannot be folded"
 
     def _keeps_the_block(self, part: _Part, calls: Mapping[str, "_Call"]) -> bool:
         """Whether the module around both ends of a fold computes the same with random scales folded."""

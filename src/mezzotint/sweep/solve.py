@@ -323,12 +323,12 @@ def refined(
 ) -> tuple[Rounded, str]:
     """The refined result if it is better on the held-out windows, else the one it started from, and which it is.
 
-    What is descended is the distance to the aim, with all the restraint of its strength and damping; what judges is the
-    loss itself, on other tokens.
+    Refinement minimises the regularised objective (strength and damping of the target). The result is accepted by the
+    unregularised error on held-out tokens.
     """
     assert entry.refinement is not None
     if judge is None:
-        return rounded, "refused: nothing is held out to judge it on"
+        return rounded, "refused: there are no held-out windows to measure it on"
     cross = aim.matrix @ fit.gram.to(aim.matrix.dtype)
     own = cross if aim.curvature is None else aim.curvature.mixed(cross)
     near = Quadratic(gram=fit.gram, cross=cross, const=(own * aim.matrix).sum(-1), curvature=aim.curvature)

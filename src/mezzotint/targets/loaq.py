@@ -64,13 +64,17 @@ class Loaq:
         if not self.needs:
             return Aim(matrix=w)
         if fit is None or not fit.has_drift:
-            raise ConfigError("target 'loaq' needs statistics of both streams; use target 'weight' instead.")
+            raise ConfigError(
+                "target 'loaq' needs statistics of the original and the quantized model. Use target.kind=weight."
+            )
         pull = self.alpha * fit.drift_of(w)
         decisions: dict[str, float | str] = {}
         if fit.residual is not None:
             pull = pull + self.beta * fit.residual
         elif self.beta > 0:
-            decisions["loaq"] = "as qep: what this matrix gives is not added to the stream as it is"
+            decisions["loaq"] = (
+                "as qep: the output is normalised before the residual add, so the term of the stream is left out"
+            )
         decisions |= fit.ridge(self.damping).needed("target.damping", self.damping)
         matrix = w + fit.solve(pull, self.damping)
         return Aim(matrix=matrix, corrected=True, decisions=decisions)

@@ -60,14 +60,18 @@ class Qep:
         if self.alpha == 0:
             return Aim(matrix=w)
         if fit is None or not fit.has_drift:
-            raise ConfigError("target 'qep' needs calibration statistics of both streams; use target 'weight' instead.")
+            raise ConfigError(
+                "target 'qep' needs statistics of the original and the quantized model. Use target.kind=weight."
+            )
         pull = fit.drift_of(w)
         if self.alpha != "auto":
             matrix = w + self.alpha * fit.solve(pull, self.damping)
             needed = fit.ridge(self.damping).needed("target.damping", self.damping)
             return Aim(matrix=matrix, corrected=True, decisions=needed)
         if held_out is None or not held_out.has_drift:
-            raise ConfigError("target.alpha is 'auto' but no window is held out; give a number or more windows.")
+            raise ConfigError(
+                "target.alpha is 'auto', but there is no held-out window. Give a number, or more windows."
+            )
         judge = quadratic_of(w, held_out, residual=False)
         best, chosen, decisions = judge.value(w).sum(), w, {"alpha": 0.0, "damping": 0.0}
         for damping in AUTO_DAMPINGS:

@@ -67,7 +67,7 @@ class Awq:
             return (found,) * len(aims)
         if self.strength == "auto" and probe is None:
             raise ConfigError(
-                "transform.strength is 'auto' but there is no loss to search by; give a number from 0 to 1."
+                "transform.strength is 'auto' but it needs calibration text to search with. Give a number from 0 to 1."
             )
         strengths = [i / self.steps for i in range(self.steps)] if self.strength == "auto" else [self.strength]
         mean_abs = fit.mean_abs.to(first)

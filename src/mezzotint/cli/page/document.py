@@ -36,7 +36,7 @@ def check_page(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--html is {str(path)!r}; its name must end in .html.")
+        raise ConfigError(f"--html is {str(path)!r}; the name must end in .html. Give for example report.html.")
     if not path.parent.is_dir():
         raise ConfigError(f"--html is {str(path)!r}; the folder {str(path.parent)!r} does not exist. Make it first.")
 
@@ -50,4 +50,4 @@ def write_page(path: Path, page: str) -> None:
     try:
         path.write_bytes(text_bytes(page))
     except OSError as error:
-        raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Give --html another place.") from error
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror}. Give --html another path.") from error

@@ -154,7 +154,7 @@ def _errors(report: Report) -> Markup:
     rows = []
     for role, members in roles.items():
         means = [mean([one[measure] for one in members]) for measure in measures]
-        rows.append([text(_short(role)), *("–" if m is None else _percent(m) for m in means), text(len(members))])
+        rows.append([text(short_role(role)), *("–" if m is None else _percent(m) for m in means), text(len(members))])
     columns = ("role", "of the weight", "of the output", "held out", "matrices")
     inside = [table(columns, rows)]
     held_out = {one["name"]: one["h_error_held_out"] for one in report["linears"] if one["h_error_held_out"]}
@@ -210,7 +210,7 @@ def _costs(report: Report) -> Markup:
     stages = [(name, [(name, spent)], seconds(spent)) for name, spent in report["times"].items()]
     roles: dict[str, float] = {}
     for one in report["linears"]:
-        role = _short(role_of(one["name"])[1])
+        role = short_role(role_of(one["name"])[1])
         roles[role] = roles.get(role, 0.0) + one["seconds"]
     solving = [(f"solving {role}", [(role, spent)], seconds(spent)) for role, spent in roles.items()]
     promised = report["promised_peak_memory_bytes"]
@@ -279,7 +279,7 @@ def _map(
     blocks = 1 + max((block for _, block in places), default=0)
     rows: dict[str, list[Cell | None]] = {}
     for (role, block), names in places.items():
-        row = rows.setdefault(_short(role), [None] * blocks)
+        row = rows.setdefault(short_role(role), [None] * blocks)
         there = [values[name] for name in names if name in values]
         if there:
             mean = math.fsum(there) / len(there)
@@ -292,7 +292,7 @@ def _map(
     return heat_map({name: row for name, row in rows.items() if any(row)}, label=label, legend=legend)
 
 
-def _short(role: str) -> str:
+def short_role(role: str) -> str:
     """``self_attn.q_proj`` -> ``q``; longer roles keep what tells them apart."""
     return re.sub(r"^(self_attn|attn|attention|mlp|feed_forward)\.", "", role).removesuffix("_proj")
 

@@ -146,7 +146,9 @@ class GgufFile:
             cursor = _Cursor(path, file)
             try:
                 if cursor.take(4) != _MAGIC:
-                    raise FormatError(f"{path.name} is no GGUF file: it does not start with {_MAGIC!r}.")
+                    raise FormatError(
+                        f"{path.name} is not a GGUF file: it does not start with {_MAGIC!r}. Give a .gguf file."
+                    )
                 version, count, entries = cursor.numbers("<IQQ")
                 if version != _VERSION:
                     raise FormatError(f"{path.name} is GGUF version {version}; {_VERSION} is read.")

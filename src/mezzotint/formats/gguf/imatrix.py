@@ -106,7 +106,7 @@ def _from_binary(path: Path) -> dict[str, Squares]:
     for number in range(count):
         (length,) = take("<i")
         if not 0 < length <= _LONGEST_NAME:
-            raise _damaged(path, f"the name of entry {number} has {length} bytes, or it is no importance matrix")
+            raise _damaged(path, f"the name of entry {number} has {length} bytes, or it is not an importance matrix")
         name = take(f"<{length}s")[0].decode("utf-8", errors="replace")
         chunks, inputs = take("<2i")
         if chunks < 1 or inputs < 1:
