@@ -37,6 +37,8 @@ def checked(source: str) -> list[str]:
         ("def f() -> Mapping[str, Float[Tensor, 'n']] | None: ...", ["f"]),
         ("def f(*, x: Tensor, **more: Float[Tensor, 'n']): ...", ["f"]),
         ("def f(x: Tensor, n: int) -> float: ...", []),
+        ("def _f(x: Float[Tensor, 'n']): ...", []),
+        ("def __add__(x: Float[Tensor, 'n']): ...", ["__add__"]),
         ("class C:\n    @property\n    def f(self) -> Float[Tensor, 'n']: ...", ["f"]),
         ("@dataclass\nclass C:\n    x: Float[Tensor, 'n']\n    def f(self) -> int: ...", ["C"]),
         ("Pair = tuple[Float[Tensor, 'n'], int]\ndef f(x: Pair | None = None): ...", ["f"]),
