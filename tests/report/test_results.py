@@ -153,7 +153,7 @@ def test_the_card_loads_what_it_says(tmp_path: Path) -> None:
         ),
         ("qep-gptq", {"engine": "dense", "settings": {"target.kind": "loaq", "target.beta": 0.1}}),
         ("loaq-trellis", {"bits": 2.25, "lines": True}),
-        ("gptq", {"precision": "float32"}),
+        ("gptq", {"precision": "float32", "lines": True, "packing": False}),
     ],
 )
 def test_the_command_plans_the_same(recipe: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
