@@ -13,8 +13,11 @@ LIMIT := $(shell command -v timeout >/dev/null && echo timeout --kill-after=30 1
 JOBS ?= 2
 # The plugin imports vLLM, which is not among what the tests install; the engine tests cover it.
 DOCTESTS := --doctest-modules src/mezzotint --ignore src/mezzotint/engines/vllm.py
+# Every argument of every call, where the quick tests look at shapes only (tests/shapes.py).
+ALL_TYPES := --jaxtyping-packages=mezzotint,beartype.beartype
+DOCTESTS += $(ALL_TYPES)
 
-.PHONY: venv demo docs test test-slow test-engines test-gpu check zoo bench peers clean
+.PHONY: venv demo docs test test-types test-slow test-engines test-gpu check zoo bench peers clean
 
 venv: $(STAMP)
 
@@ -41,8 +44,11 @@ test: venv
 	$(LIMIT) $(BIN)/python -m pytest -q -n $(JOBS)
 	$(LIMIT) $(BIN)/python -m pytest -q -n $(JOBS) $(DOCTESTS)
 
+test-types: venv
+	$(BIN)/python -m pytest -q -n $(JOBS) $(ALL_TYPES)
+
 test-slow: venv
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not engine and not network"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not engine and not network" $(ALL_TYPES)
 
 # Each engine has an environment of its own under ENGINES, made on first use; a variable that names a python which has
 # the engine takes its place.

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import shapes
 import sums
-from mezzotint.storage.cache import LIMIT
-from runs import tiny
+
+shapes.set_up()
+
+from mezzotint.storage.cache import LIMIT  # noqa: E402
+from runs import tiny  # noqa: E402  imports what is to be checked
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", derandomize=True, max_examples=15, **_COMMON)

@@ -4,10 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from weakref import WeakKeyDictionary
 
-import greenlet
-import jaxtyping._storage
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,24 +24,6 @@ TEXT = DATA / "tiny_text.txt"
 HELD_OUT = DATA / "tiny_text_heldout.txt"
 # float32: what is computed here is held against float64
 SMALL = {"calibration": TEXT, "samples": 8, "seqlen": 32, "device": "cpu", "precision": "float32"}
-
-
-class _PerGreenlet:
-    """Where jaxtyping keeps the axes of running functions: a stack per greenlet.
-
-    Its own stack is one per thread. Blocks that wait in greenlets leave functions in another order than they entered
-    them, and would take each other's axes away.
-    """
-
-    def __init__(self) -> None:
-        self._stacks: WeakKeyDictionary[greenlet.greenlet, list[Any]] = WeakKeyDictionary()
-
-    @property
-    def memo_stack(self) -> list[Any]:
-        return self._stacks.setdefault(greenlet.getcurrent(), [])
-
-
-jaxtyping._storage._shape_storage = _PerGreenlet()
 
 
 def tiny(name: str, folder: Path, **options: Any) -> Path:

@@ -28,7 +28,9 @@ _seeds: list[int] = []
 
 def set_up() -> None:
     """Take `MEZZOTINT_TEST_THREADS` threads, or one, and shuffle sums with the seed `MEZZOTINT_TEST_SUMS`, or not."""
-    torch.set_num_threads(int(os.environ.get("MEZZOTINT_TEST_THREADS", "1")))
+    threads = os.environ.get("MEZZOTINT_TEST_THREADS", "1")
+    torch.set_num_threads(int(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)  # of processes that tests start
     if "MEZZOTINT_TEST_SUMS" in os.environ and not _kept:
         shuffle(int(os.environ["MEZZOTINT_TEST_SUMS"]))
 

@@ -90,7 +90,7 @@ def test_the_whole_run_is_the_textbooks(kept: Kept, tmp_path: Path, monkeypatch:
     """With streams and sums in float64 no code differs, so the textbook goes all the way by itself."""
     monkeypatch.setattr(job, "Resources", partial(Resources, dtype=torch.float64))
     monkeypatch.setattr(sweep, "Accumulator", partial(Accumulator, dtype=torch.float64))
-    options = SIZES | {"settings": {"grid.group_size": 32}}
+    options = SIZES | {"settings": {"grid.group_size": 32, "grid.range": "minmax"}}
     report = quantized(TINY_LLAMA, tmp_path / "out", **options)
     done, kl = textbook_run(kept, follow=False, **options)
     for name, value in values_of(kept).items():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mezzotint
+from mezzotint.allocation.sensitivity import Sensitivity
 from mezzotint.blockwise.source import open_original
 from mezzotint.budgeting import allocate, pricing
 from mezzotint.budgeting.allocate import Allocated, allocated
@@ -20,6 +21,7 @@ from mezzotint.core.contracts import Aim
 from mezzotint.core.statistics import Statistics
 from mezzotint.errors import ConfigError, FormatError
 from mezzotint.formats.native import Scheme
+from mezzotint.grids.trellis import TrellisGrid
 from mezzotint.grids.uniform import UniformGrid
 from mezzotint.jobs.quantize import quantize
 from mezzotint.models import Source
@@ -90,6 +92,24 @@ def test_losses_are_those_of_rounded_rows_in_the_norm_of_inputs_and_gradients(mo
         loss = 0.5 * float(torch.einsum("o,oi,ij,oj->", sensitivity.rows, error, by_input, error) / sensitivity.trace)
         assert choice.loss == pytest.approx(loss, rel=1e-2)  # a code at the border of two, in float32
         assert sensitivity.loss(error.float(), gram) == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_trellis_is_priced_in_the_order_of_its_columns() -> None:
+    """Columns in the order of their inputs cost what they cost where they lie so."""
+    generator = torch.Generator().manual_seed(0)
+    width, tile = 64, TrellisGrid(bits=3).tile[1]
+    inputs = torch.randn(200, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    inputs *= torch.linspace(0.1, 4, width)
+    order = torch.arange(width).view(-1, tile).flip(0).flatten()  # the largest come first
+    weight = torch.randn(32, width, generator=generator)
+
+    def price_of(order: str, inputs: torch.Tensor, weight: torch.Tensor) -> float:
+        known = Statistics(tokens=200.0, gram=inputs.T @ inputs)
+        return pricing.predicted(Gptq(order=order), TrellisGrid(bits=3), weight, known, Sensitivity.even(1.0, weight))
+
+    ordered = price_of("diagonal", inputs, weight)
+    assert ordered == pytest.approx(price_of("natural", inputs[:, order], weight[:, order]), rel=1e-4)
+    assert ordered != pytest.approx(price_of("natural", inputs, weight), rel=1e-2)
 
 
 @pytest.mark.slow

@@ -240,3 +240,10 @@ def test_too_little_text(chat_tokenizer):
         packed_windows(["x"], chat_tokenizer, samples=0, seqlen=16, seed=0)
     with pytest.raises(CalibrationError, match="Raise --seqlen"):
         consecutive_windows("x", chat_tokenizer, seqlen=1)
+
+
+def test_pieces_and_windows_are_drawn_by_two_permutations(chat_tokenizer, monkeypatch):
+    seeds, permutation = [], module._permutation
+    monkeypatch.setattr(module, "_permutation", lambda count, seed: seeds.append(seed) or permutation(count, seed))
+    packed_windows([prose(4000)], chat_tokenizer, samples=4, seqlen=64, seed=3)
+    assert len(seeds) == len({*seeds}) == 2

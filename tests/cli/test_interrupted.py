@@ -31,8 +31,7 @@ def heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize("after", [0, 3, 25, 60])
+@pytest.mark.parametrize(("after", "spilled"), [(0, False), (3, True), (25, False), (60, True)])
 def test_a_disk_that_fills_up(
     after: int, spilled: bool, mezzotint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,10 +20,10 @@ from twins import quantized_twin, run
 def test_against_two_explicit_models(tmp_path: Path) -> None:
     """Only the first block quantized: the same differences behind every block, by transformers itself."""
     options = {"bits": 3, "samples": 16, "engine": "dense"}
-    (found,) = measure_drift([request_of(TINY_LLAMA, "qep-gptq", **options)], 1)
-    quantized(TINY_LLAMA, tmp_path / "out", "qep-gptq", keep=["model.layers.[12].*"], **options)
+    (found,) = measure_drift([request_of(TINY_LLAMA, "default", **options)], 1)
+    quantized(TINY_LLAMA, tmp_path / "out", "default", keep=["model.layers.[12].*"], **options)
     source = open_model(TINY_LLAMA)
-    _, held_out = windows_of(source, request_of(TINY_LLAMA, "qep-gptq", **options))
+    _, held_out = windows_of(source, request_of(TINY_LLAMA, "default", **options))
     models = stock(TINY_LLAMA, torch.float64), quantized_twin(TINY_LLAMA, tmp_path / "out")
     before, after = (run(model, source, held_out.tokens, held_out.mask) for model in models)
     assert len(found.absolute) == len(source.map.blocks)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mezzotint.blockwise.streams import Streams
 from mezzotint.errors import ConfigError, OutputError, VanishedError, WriteError
 from mezzotint.jobs import run
 from mezzotint.storage import keeper, saved, work
@@ -116,12 +117,32 @@ def test_finished_groups_are_not_solved_again(llama: Path, tmp_path: Path, monke
         solved.extend(matrix.name for matrix, _ in weights)
         return solve(solver, weights, *arguments, **options)
 
+    kept: list[int] = []
+    run_original = Streams.run_original
+
+    def watched(streams: Streams, block: int, module: Any, wanted: Any) -> None:
+        kept.extend(wanted)
+        run_original(streams, block, module, wanted)
+
     monkeypatch.setattr(Solver, "solve", spy)
+    monkeypatch.setattr(Streams, "run_original", watched)
     quantized(llama, tmp_path / "out", RECIPE, resume=True)
+    assert kept == [2, 3]  # inputs of the others are not wanted again
     assert [name.removeprefix("model.layers.") for name in solved[:3]] == [
         "1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj",
     ]  # fmt: skip
     assert len(solved) == 3
+
+
+def test_groups_behind_a_border_that_was_not_saved(
+    llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where saving hidden states takes long and weights do not, a block may be over before its border is due."""
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper.Keeper, "_due", lambda _, kind: kind == "group")
+        stop_after(12, llama, tmp_path / "out")
+    quantized(llama, tmp_path / "out", RECIPE, resume=True)
+    assert_same(tmp_path / "out", whole)
 
 
 @pytest.mark.usefixtures("eager")
@@ -245,6 +266,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ({"samples": 9}, r"calibration.samples \(was 8, is 9\)"),
         ({"keep": ["*.0.mlp.*"]}, "recipe.rules"),
         ({"engine": "mezzotint"}, "engine"),
+        ({"precision": "bfloat16"}, r"precision \(was \"float32\", is \"bfloat16\"\)"),
     ],
 )
 def test_another_request_is_refused(changes: dict[str, Any], told: str, again: Path) -> None:

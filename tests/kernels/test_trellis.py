@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mezzotint import kernels
 from mezzotint.errors import ConfigError
-from mezzotint.grids.trellis import measured
+from mezzotint.grids.trellis import TrellisGrid, measured
 from mezzotint.kernels import reference_trellis
 from reference import trellis as twin
 
@@ -303,3 +303,14 @@ def test_committed_distortions(states, weights, rate):
     packed = kernels.trellis_encode(values * row.factor, rate, states=states, window=32)
     error = kernels.trellis_decode(packed, states=states) / row.factor - values
     assert abs(float(error.square().mean()) / row.distortion - 1) < 0.03
+
+
+@pytest.mark.parametrize("scale_per", ["matrix", "row"])
+def test_scales_are_the_float16_nearest_to_what_is_best(scale_per):
+    """What EXL3 stores; numbers of that size have all their bits there."""
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = TrellisGrid(bits=3, scale_per=scale_per)
+    for size in np.linspace(0.5, 1.0, 7):
+        square = np.square(size * weight.numpy()).mean(axis=1 if scale_per == "row" else None)
+        best = np.atleast_1d(np.sqrt(square) / measured(grid.states)[grid.rate].factor)
+        np.testing.assert_array_equal(grid.fit(size * weight, None).scale.numpy(), best.astype(np.float16))

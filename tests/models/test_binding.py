@@ -63,6 +63,22 @@ def test_one_parameter_is_restored_alone(name: str, tiny_source: Open) -> None:
         assert set(restored) == set(checkpoint.sources(parameter))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_names_without_the_prefix_come_back_so(name: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    """Files of the bare model have names without the prefix, and those of models around it have it twice."""
+
+    def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key.removeprefix("model."): value for key, value in tensors.items()}
+
+    source = open_model(rewritten(tiny_folder(name), tmp_path / "bare", bare))
+    stored = load_file(tmp_path / "bare" / "model.safetensors")
+    restored: dict[str, Tensor] = {}
+    for parameter, _ in source.skeleton.named_parameters():
+        restored |= source.checkpoint.restore({parameter: source.checkpoint.parameter(parameter)})
+    assert restored.keys() == stored.keys()
+    torch.testing.assert_close(restored, stored, rtol=0, atol=0)
+
+
 def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch, tiny_source: Open) -> None:
     checkpoint = tiny_source("mixtral").checkpoint
     read: list[str] = []

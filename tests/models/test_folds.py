@@ -1,11 +1,13 @@
 """Folds keep the function of every architecture: judged by transformers' own models, in float64."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -134,3 +136,24 @@ def test_a_gain_is_rounded_and_its_readers_make_up_for_it(name: str, tiny_folder
     for parameter in matrices:
         ratio = source.checkpoint.parameter(parameter).double() / plain.parameter(parameter).double()
         torch.testing.assert_close(ratio * gain, before.expand_as(ratio), rtol=1e-6, atol=1e-6)
+
+
+def test_a_gain_that_would_overflow_stays(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "large"))
+    tensors = {name: value.to(torch.float16) for name, value in load_file(folder / "model.safetensors").items()}
+    gain = "model.layers.0.input_layernorm.weight"
+    tensors[gain][:2] = torch.tensor([6e4, 0.0])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_model(folder)
+    _, group, fold = next(folds(source))
+    assert fold is not None
+    reader = group.matrices[0] + ".weight"
+    before = source.checkpoint.parameter(reader)
+    apply_fold(source.checkpoint, fold, torch.full((width(source, group),), 0.5, dtype=torch.float64))
+    # twice 60000 is more than float16 holds, and nothing is twice 0: their columns stay too
+    stored, now = tensors[gain].float(), source.checkpoint.parameter(gain).float()
+    torch.testing.assert_close(now[:2], stored[:2], rtol=0, atol=0)
+    torch.testing.assert_close(now[2:], 2 * stored[2:], rtol=0, atol=0)
+    found, before = source.checkpoint.parameter(reader).float(), before.float()
+    torch.testing.assert_close(found[:, :2], before[:, :2], rtol=0, atol=0)
+    torch.testing.assert_close(found[:, 2:], before[:, 2:] / 2, rtol=0, atol=0)

@@ -106,6 +106,7 @@ def test_another_file_is_another_plan(imatrix: Path, means: dict[str, np.ndarray
         ("rtn", {"settings": {"grid.range": "error"}}, "nothing here is weighted by it"),
         ("rtn", {"calibration": "text.txt"}, "replaces calibration text"),
         ("rtn", {"samples": 8}, "replaces calibration text"),
+        ("rtn", {"seqlen": 64}, "replaces calibration text"),
     ],
 )
 def test_what_it_is_not_enough_for(imatrix: Path, recipe: str, options: dict[str, Any], message: str) -> None:

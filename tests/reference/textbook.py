@@ -60,9 +60,10 @@ def quantize(model, tokens, grids, *, damping=0.01, follow=None):
             names = [f"model.layers.{block}.{member}" for member in group]
             # the inputs come from a model in which everything before this group is quantized already
             gram = gram_of_inputs(model, model.get_submodule(names[0]), tokens)
+            steps = eliminated(gram, damping)
             for name in names:
                 weight = model.get_submodule(name).weight.detach().numpy().copy()
-                value = gptq(weight, gram, grids[name], damping)
+                value = gptq(weight, steps, grids[name])
                 error = value - weight
                 h_error = np.trace(error @ gram @ error.T) / np.trace(weight @ gram @ weight.T)
                 done[name] = Quantized(weight=value, h_error=float(h_error))
@@ -76,23 +77,31 @@ def put(model, name, value):
         model.get_submodule(name).weight.copy_(torch.from_numpy(value))
 
 
-def gptq(weight, gram, grid, damping):
-    """Optimal brain quantization in the order of decreasing ``diag(H)``, with an explicit inverse that shrinks.
+def eliminated(gram, damping):
+    """Columns in the order of decreasing ``diag(H)``, each with ``V_tF / V_tt``, by an explicit inverse that shrinks.
 
-    For the next column t and the columns F behind it, with ``V`` the inverse of the Hessian of t and F:
+    For the next column t and the columns F behind it, ``V`` is the inverse of the Hessian of t and F:
 
-        w_F -= (w_t - q_t) V_tF / V_tt;    V <- V - V_Ft V_tF / V_tt
+        V <- V - V_Ft V_tF / V_tt
     """
     n = len(gram)
     order = np.argsort(-np.diag(gram), kind="stable")
     hessian = gram + damping * np.trace(gram) / n * np.eye(n)
     inverse = np.linalg.inv(hessian[np.ix_(order, order)])
-    work, value = weight[:, order], np.zeros_like(weight)
+    rows = []
     for t in range(n):
+        rows.append(inverse[t, t + 1 :] / inverse[t, t])
+        inverse[t + 1 :, t + 1 :] -= np.outer(inverse[t + 1 :, t], rows[t])
+    return order, rows
+
+
+def gptq(weight, steps, grid):
+    """Optimal brain quantization: ``w_F -= (w_t - q_t) V_tF / V_tt``, column t after column t."""
+    order, rows = steps
+    work, value = weight[:, order], np.zeros_like(weight)
+    for t, row in enumerate(rows):
         value[:, order[t]] = grid.nearest(work[:, t], order[t])
-        row = inverse[t, t + 1 :] / inverse[t, t]
         work[:, t + 1 :] -= np.outer(work[:, t] - value[:, order[t]], row)
-        inverse[t + 1 :, t + 1 :] -= np.outer(inverse[t + 1 :, t], row)
     return value
 
 

@@ -65,11 +65,14 @@ def test_comparison(folders: tuple[Path, Path]) -> None:
     assert found[0].figures()["texts"][HELD_OUT.name]["kl_nats"] == losses[0]
 
 
-def test_other_windows_are_not_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_windows_and_references_are_not_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
     quantized(TINY_LLAMA, tmp_path / "other", "rtn", bits=3)
     found = evaluate(tmp_path / "other", HELD_OUT, against=TINY_LLAMA, **{**SIZES, "windows": 5})
     keep_results(tmp_path / "other", text=found, against="tiny_llama")
     assert compare([folders[0], tmp_path / "other"])[1] == ()
+    same = evaluate(tmp_path / "other", HELD_OUT, against=TINY_LLAMA, **SIZES)
+    keep_results(tmp_path / "other", text=same, against="another_llama")  # whose divergences are from another model
+    assert [pair.measure for pair in compare([folders[0], tmp_path / "other"])[1]] == ["log perplexity"]
 
 
 def test_folders_that_cannot_be_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -150,7 +153,7 @@ def test_the_card_loads_what_it_says(tmp_path: Path) -> None:
         ),
         ("qep-gptq", {"engine": "dense", "settings": {"target.kind": "loaq", "target.beta": 0.1}}),
         ("loaq-trellis", {"bits": 2.25, "lines": True}),
-        ("gptq", {"precision": "float32"}),
+        ("gptq", {"precision": "float32", "lines": True, "packing": False}),
     ],
 )
 def test_the_command_plans_the_same(recipe: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

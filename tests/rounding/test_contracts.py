@@ -65,40 +65,34 @@ def solve(rounding, problem):
 
 @every_pair
 @some_data
-def test_value_is_what_the_codes_decode_to(rounding, grid, data):
-    stage, problem = case_of(data, rounding, grid)
+def test_values_codes_and_arguments(rounding, grid, data):
+    """Values are what the codes decode to, those before rounding give them, arguments stay, and so does the result."""
+    stage = data.draw(strategies.roundings(rounding), label="rounding")
+    settings = data.draw(settings_of(grid), label="problem")
+    problem = make_problem(settings)
+    before = Snapshot.of(problem)
     rounded = solve(stage, problem)
+    before.check(problem)
     exact(rounded.value, rounded.grid.decode(rounded.code))
     empty = rounded.grid.new_code()
     assert (rounded.value.shape, rounded.value.dtype) == (problem.weight.shape, problem.weight.dtype)
     assert (rounded.code.shape, rounded.code.dtype) == (empty.shape, empty.dtype)
-
-
-@every_pair
-@some_data
-def test_values_before_rounding_give_the_codes(rounding, grid, data):
-    stage, problem = case_of(data, rounding, grid)
-    rounded = solve(stage, problem)
     if rounded.before is not None:
         exact(rounded.grid.encode(rounded.before), rounded.code)
+    Snapshot.of(rounded).check(solve(stage, make_problem(settings)))
 
 
 @every_pair
 @some_data
-def test_power_of_two_scale_is_exact(rounding, grid, data):
+def test_scales_of_weights_and_of_statistics(rounding, grid, data):
+    """The first, a power of two, comes out again exactly; the second does not matter."""
     stage, problem = case_of(data, rounding, grid)
-    k = data.draw(st.integers(-8, 8), label="k")
-    a, b = solve(stage, problem), solve(stage, problem.scaled(2.0**k))
-    exact(b.code, a.code)
-    exact(b.value, a.value * 2.0**k)
-
-
-@every_pair
-@some_data
-def test_scale_of_the_statistics_does_not_matter(rounding, grid, data):
-    stage, problem = case_of(data, rounding, grid)
-    k = data.draw(st.integers(-8, 8), label="k")
-    exact(solve(stage, replace(problem, statistics=problem.statistics.scaled(4.0**k))).code, solve(stage, problem).code)
+    k, j = (data.draw(st.integers(-8, 8), label="k") for _ in range(2))
+    plain, scaled = solve(stage, problem), solve(stage, problem.scaled(2.0**k))
+    exact(scaled.code, plain.code)
+    exact(scaled.value, plain.value * 2.0**k)
+    other = replace(problem, statistics=problem.statistics.scaled(4.0**j))
+    exact(solve(stage, other).code, plain.code)
 
 
 @every_pair
@@ -111,23 +105,6 @@ def test_rows_are_independent_in_float64(rounding, grid, data):
     last = data.draw(st.integers(first + 1, tiles), label="last")
     rows = slice(first * height, last * height)
     exact(solve(stage, problem.take_rows(rows)).value, solve(stage, problem).value[rows])
-
-
-@every_pair
-@some_data
-def test_arguments_are_left_alone(rounding, grid, data):
-    stage, problem = case_of(data, rounding, grid)
-    before = Snapshot.of(problem)
-    solve(stage, problem)
-    before.check(problem)
-
-
-@every_pair
-@some_data
-def test_same_input_gives_the_same_bits(rounding, grid, data):
-    stage = data.draw(strategies.roundings(rounding))
-    settings = data.draw(settings_of(grid))
-    Snapshot.of(solve(stage, make_problem(settings))).check(solve(stage, make_problem(settings)))
 
 
 @every_pair

@@ -187,3 +187,15 @@ def test_other_grids_are_refused():
     rounded = round_on(ToyVectorGrid(tile=(1, 2)).fit(weight, None))
     with pytest.raises(ConfigError, match=r"for uniform grids, not for 'toy'"):
         Descent().refine(rounded, weight, quadratic, round_on)
+
+
+def test_clipped_starts_are_at_nine_and_eight_tenths_of_the_range():
+    weight, quadratic, round_on, grid = problem("gptq")
+    tried = []
+
+    def spy(narrow):
+        tried.append(float((narrow.scale / grid.scale).mean()))
+        return round_on(narrow)
+
+    Descent(starts=("clipped",)).refine(round_on(grid), weight, quadratic, spy)
+    assert tried == pytest.approx([0.9, 0.8], rel=1e-6)  # of scales in float32

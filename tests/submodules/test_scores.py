@@ -153,3 +153,9 @@ def test_no_more_than_a_piece_lives_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     lower = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).tril()
     assert (covered[:, lower] == 1).all()  # every score that counts, once
     assert (covered <= 1).all()
+
+
+def test_padding_is_no_token() -> None:
+    inputs, weights = torch.zeros(2, 3, 4), torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert Pattern(scaling=1.0).tokens(inputs) == 6
+    assert Pattern(scaling=1.0, weights=weights).tokens(inputs) == 3

@@ -72,3 +72,12 @@ def test_refusals(name: str, recipe: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         quantized(tiny(name, tmp_path), tmp_path / "out", recipe, bits=3, settings={"compensation.kind": "lora"})
     assert not (tmp_path / "out").exists()
+
+
+def test_narrow_matrices_have_a_rank_of_their_own_and_as_much_alpha(tmp_path: Path) -> None:
+    settings = {"compensation.kind": "lora", "compensation.rank": 48}
+    quantized(tiny("llama", tmp_path), tmp_path / "out", "gptq", bits=3, engine="dense", settings=settings)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    narrow = {f"model.layers.{block}.self_attn.{kind}_proj": 32 for block in range(2) for kind in "kv"}
+    assert (config["r"], config["lora_alpha"]) == (48, 48)
+    assert config["rank_pattern"] == config["alpha_pattern"] == narrow

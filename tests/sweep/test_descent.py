@@ -156,10 +156,13 @@ def test_more_sweeps_and_other_settings_reach_the_descent(tmp_path: Path) -> Non
 
 
 def test_members_that_are_kept_leave_their_part_out(tmp_path: Path) -> None:
+    """And fewer tokens than there are leave windows to judge by, which lie behind all that are fitted on."""
     report = descended(
-        TINY_LLAMA, tmp_path / "out", "lpcd-gptq", bits=3, samples=8, engine="dense", keep=["*.0.*k_proj", "*.1.*"]
-    )
+        TINY_LLAMA, tmp_path / "out", "lpcd-gptq", bits=3, samples=8, engine="dense", keep=["*.0.*k_proj", "*.1.*"],
+        settings={"submodules.tokens": 0.25, "submodules.mlp_tokens": 0.25},
+    )  # fmt: skip
     assert [set(block["submodules"]) for block in report["blocks"][:2]] == [{"vo", "updown"}, set()]
+    assert all(losses["before"] > 0 for block in report["blocks"] for losses in block["submodules"].values())
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

@@ -16,7 +16,8 @@ from mezzotint.jobs import run
 from mezzotint.jobs.drift import measure_drift
 from mezzotint.jobs.run import Progress
 from mezzotint.models import Source, open_model
-from mezzotint.sweep.fisher import measure_curvature, windows_for
+from mezzotint.sweep import fisher
+from mezzotint.sweep.fisher import measure_curvature, planned_curvature, windows_for
 from runs import TINY_LLAMA, assert_same_tensors, opened, plan_of, quantized, request_of, stock
 
 Folder = Callable[[str], Path]
@@ -166,3 +167,12 @@ def test_drift_is_measured_with_it_too() -> None:
 def test_what_it_is_not_for_is_refused(recipe: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(TINY_LLAMA, recipe, settings={"curvature.kind": "fisher", **settings})
+
+
+def test_it_is_measured_on_what_statistics_are_fitted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Windows] = []
+    monkeypatch.setattr(fisher, "measure_curvature", lambda _, __, windows, **___: seen.append(windows) or iter(()))
+    windows, planned = random_windows(16, 8), plan_of(TINY_LLAMA, "default")
+    assert not [*planned_curvature(opened(TINY_LLAMA), planned, windows, folder=tmp_path)]
+    fit, _ = windows.split(seed=planned.request.seed)
+    torch.testing.assert_close(seen[0].tokens, fit.tokens, rtol=0, atol=0)

@@ -212,6 +212,17 @@ def test_singular_inputs_get_the_damping_they_need_and_say_so(target):
     assert "target.damping" not in expected.decisions
 
 
+def test_auto_tells_the_damping_that_was_needed(monkeypatch):
+    monkeypatch.setattr("mezzotint.targets.qep.AUTO_DAMPINGS", (0.0,))
+    weight, tokens = well_conditioned(seed=0)
+    statistics = tokens.statistics()
+    gram = torch.ones_like(statistics.gram)  # of rank one
+    known = replace(statistics, gram=gram, drift=0.1 * gram)
+    aim = Qep(alpha="auto").aim(weight, known, known)
+    assert aim.corrected
+    assert aim.decisions["damping"] == DAMPING_LADDER[0]
+
+
 def test_what_is_no_sum_of_squares_is_refused():
     weight, tokens = well_conditioned(seed=0)
     statistics = tokens.statistics()
