@@ -8,7 +8,7 @@ from dataclasses import asdict
 from enum import IntEnum
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,9 @@ from mezzotint.cli import tables
 from mezzotint.cli.options import Asked, Engine, Json, Model, RecipeName, asks
 from mezzotint.cli.stop import stopping, undisturbed
 from mezzotint.errors import ConfigError, MezzotintError, RunError
-from mezzotint.recipes.request import Request
+
+if TYPE_CHECKING:
+    from mezzotint.recipes.request import Request
 
 app = typer.Typer(
     name="mezzotint",
@@ -133,7 +135,7 @@ def palette(
     finish(work, as_json)
 
 
-def _planned(request: Request, console: Console | None, plot: Path | None) -> dict[str, Any]:
+def _planned(request: "Request", console: Console | None, plot: Path | None) -> dict[str, Any]:
     """Plan, and allocate where bits are left to a budget; show it, and give it as JSON."""
     from mezzotint.cli import allocations
     from mezzotint.cli.plots import check_plot

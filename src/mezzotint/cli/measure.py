@@ -12,7 +12,6 @@ from mezzotint.cli import tables
 from mezzotint.cli.app import app, errors, finish
 from mezzotint.cli.options import Asked, Device, Json, Memory, Model, Trust, asks
 from mezzotint.errors import ConfigError
-from mezzotint.recipes.request import parse_bytes, resolve_device
 
 if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
@@ -72,6 +71,7 @@ def evaluate(
     def work() -> dict[str, Any]:
         from mezzotint.evaluation import texts as texts
         from mezzotint.evaluation.scores import evaluate_tasks
+        from mezzotint.recipes.request import parse_bytes, resolve_device
 
         if text is None and tasks is None:
             raise ConfigError("nothing to measure. Give --text FILE, --tasks NAMES, or both.")
@@ -236,6 +236,7 @@ def _inspected(
     report = read_report(folder)
     if html is not None:
         from mezzotint.jobs.samples import Sample, write_samples
+        from mezzotint.recipes.request import resolve_device
         from mezzotint.report.results import read_results
 
         written: Sequence[Sample] = ()

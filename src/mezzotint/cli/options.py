@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from mezzotint.errors import ConfigError
-from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+
+if TYPE_CHECKING:
+    from mezzotint.recipes.request import Request
 
 Model = Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and tokenizer.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Name (see `mezzotint recipes`) or a .yaml file.")]
@@ -104,8 +105,10 @@ class Asked:
     memory: Memory = None
     trust_remote_code: Trust = False
 
-    def request(self, model: Path, recipe: str, engine: str | None) -> Request:
+    def request(self, model: Path, recipe: str, engine: str | None) -> "Request":
         """Checked, as far as it can be without the model."""
+        from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+
         return Request(
             model=model,
             recipe=resolve_recipe(
@@ -167,6 +170,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a pair has no ``=``, or a value that cannot be read.
     """
+    import yaml
+
     settings = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
