@@ -36,7 +36,7 @@ def started(line: str) -> tuple[str, int, float, set[str]]:
     return done.stdout, code, seconds, set(modules)
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_that_takes_long(words: list[str]) -> None:
     output, code, seconds, modules = started(MAIN.format(words=words))
     assert code == 0
@@ -63,7 +63,7 @@ def test_every_public_name_can_be_imported() -> None:
     assert started(line)[1] == 0
 
 
-@pytest.mark.parametrize("words", [["--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"]], ids=" ".join)
 def test_the_module_is_the_command(words: list[str]) -> None:
     command = [sys.executable, "-m", "mezzotint", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import IntEnum
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _show_version(given: bool) -> bool:
+    if given:
+        sys.stdout.write(f"mezzotint {version('mezzotint')}\n")
+        raise typer.Exit
+    return given
+
+
+@app.callback()
+def _common(
+    *,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    # Without a docstring, so that the help of the program stays that of `app`.
+    del show_version
 
 
 class Exit(IntEnum):
