@@ -31,6 +31,10 @@ class OutputError(MezzotintError, OSError):
     """The output folder cannot be written: it exists, is not ours, or the disk is too small."""
 
 
+class InstallationError(MezzotintError, ImportError):
+    """A part of the package is missing from the installation, for example the compiled kernels."""
+
+
 class RunError(MezzotintError):
     """It failed while running: not the request but the disk or the numbers are at fault."""
 

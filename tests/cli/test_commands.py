@@ -14,7 +14,7 @@ from mezzotint.cli import tables
 from runs import HELD_OUT, TEXT, TINY_LLAMA
 
 SMALL = ("--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--device", "cpu")
-COMMANDS = ("quantize", "plan", "evaluate", "inspect", "compare", "recipes", "palette", "rotate")
+COMMANDS = ("quantize", "plan", "evaluate", "inspect", "compare", "recipes", "palette", "rotate", "doctor")
 Run = Callable[..., Any]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from mezzotint.engines.packed import QuantizedLinear
 from mezzotint.formats.native import Scheme
 from mezzotint.models import Source
 from mezzotint.models.skeleton import quiet
-from mezzotint.storage.cache import cache_folder
+from mezzotint.process.machine import cache_folder, processor_name
 
 _REPEATS = 5
 _LARGEST = 2**29  # bytes of copies; what is larger than any cache comes from memory
@@ -77,7 +76,7 @@ class Latency:
 
     def _kept(self, key: str, measure: Callable[[], float]) -> float:
         versions = [version(name) for name in ("mezzotint", "torch", "transformers")]
-        name = json.dumps([_processor(), torch.get_num_threads(), *versions, key])
+        name = json.dumps([processor_name(), torch.get_num_threads(), *versions, key])
         if name not in self._known:
             self._known[name] = measure()
         return self._known[name]
@@ -154,13 +153,3 @@ def _generation(source: Source, schemes: Mapping[str, Scheme]) -> float:
             generate(tokens, max_new_tokens=_TOKENS, **options)
             found.append((time.perf_counter() - started) / _TOKENS)
     return statistics.median(found)
-
-
-def _processor() -> str:
-    """Its name, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

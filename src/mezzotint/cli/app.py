@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import IntEnum
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +18,9 @@ from mezzotint.cli import tables
 from mezzotint.cli.options import MORE, Asked, Engine, Json, Model, RecipeName, asks
 from mezzotint.cli.stop import stopping, undisturbed
 from mezzotint.errors import ConfigError, MezzotintError, RunError
-from mezzotint.recipes.request import Request
+
+if TYPE_CHECKING:
+    from mezzotint.recipes.request import Request
 
 app = typer.Typer(
     name="mezzotint",
@@ -27,6 +30,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _show_version(given: bool) -> bool:
+    if given:
+        sys.stdout.write(f"mezzotint {version('mezzotint')}\n")
+        raise typer.Exit
+    return given
+
+
+@app.callback()
+def _common(
+    *,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    # Without a docstring, so that the help of the program stays that of `app`.
+    del show_version
 
 
 class Exit(IntEnum):
@@ -139,7 +160,7 @@ def palette(
     finish(work, as_json)
 
 
-def _planned(request: Request, console: Console | None, plot: Path | None) -> dict[str, Any]:
+def _planned(request: "Request", console: Console | None, plot: Path | None) -> dict[str, Any]:
     """Plan, and allocate where bits are left to a budget; show it, and give it as JSON."""
     from mezzotint.cli import allocations
     from mezzotint.cli.plots import check_plot

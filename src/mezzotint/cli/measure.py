@@ -12,7 +12,6 @@ from mezzotint.cli import tables
 from mezzotint.cli.app import app, errors, finish
 from mezzotint.cli.options import MORE, Asked, Device, Json, Memory, Model, Trust, asks
 from mezzotint.errors import ConfigError
-from mezzotint.recipes.request import parse_bytes, resolve_device
 
 if TYPE_CHECKING:
     from mezzotint.evaluation import Evaluation
@@ -105,6 +104,7 @@ def evaluate(
     def work() -> dict[str, Any]:
         from mezzotint.evaluation import texts as texts
         from mezzotint.evaluation.scores import evaluate_tasks
+        from mezzotint.recipes.request import parse_bytes, resolve_device
 
         if text is None and tasks is None:
             raise ConfigError("evaluate has nothing to measure. Give --text FILE, --tasks NAMES, or both.")
@@ -141,6 +141,16 @@ def evaluate(
     finish(work, as_json)
 
 
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        help="With --html: show how the model, and the one of --against, continue this text.",
+        rich_help_panel=MORE,
+    ),
+]
+
+
 @app.command()
 @asks
 def inspect(
@@ -150,14 +160,7 @@ def inspect(
     ],
     html: Html = None,
     every: Annotated[bool, typer.Option("--all", help="List every matrix, not one line per block.")] = False,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            help="With --html: show how the model, and the one of --against, continue this text.",
-            rich_help_panel=MORE,
-        ),
-    ] = None,
+    prompt: Prompt = None,
     against: Against = None,
     drift: Annotated[
         bool,
@@ -299,6 +302,7 @@ def _inspected(
     report = read_report(folder)
     if html is not None:
         from mezzotint.jobs.samples import Sample, write_samples
+        from mezzotint.recipes.request import resolve_device
         from mezzotint.report.results import read_results
 
         written: Sequence[Sample] = ()

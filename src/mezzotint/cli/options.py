@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from mezzotint.errors import ConfigError
-from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+
+if TYPE_CHECKING:
+    from mezzotint.recipes.request import Request
 
 MORE = "More options"  # the help of a command shows these below what everyone needs
 
@@ -168,8 +169,10 @@ class Asked:
     memory: Memory = None
     trust_remote_code: Trust = False
 
-    def request(self, model: Path, recipe: str, engine: str | None) -> Request:
+    def request(self, model: Path, recipe: str, engine: str | None) -> "Request":
         """Checked, as far as it can be without the model."""
+        from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+
         return Request(
             model=model,
             recipe=resolve_recipe(
@@ -231,6 +234,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a pair has no ``=``, or a value that cannot be read.
     """
+    import yaml
+
     settings = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")

@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from mezzotint.allocation.knapsack import ALLOCATED
-
 __all__ = [
     "bar", "escape", "progress", "show_evaluation", "show_plan", "show_recipes", "show_result", "size",
 ]  # fmt: skip
@@ -93,6 +91,8 @@ def duration(seconds: float) -> str:
 
 def show_plan(planned: Any, console: Console) -> None:
     """The plan by kind of matrix, then totals."""
+    from mezzotint.allocation.knapsack import ALLOCATED  # scipy takes half a second
+
     plan = planned.plan
     table = Table(title=f"plan: recipe {planned.request.recipe.name} for {planned.request.model.name}")
     for column in ("matrices", "how", "bits/weight", "because"):
@@ -129,6 +129,8 @@ def show_plan(planned: Any, console: Console) -> None:
 
 def _alike(entries: Any) -> list[tuple[str, Any]]:
     """Entries that are treated alike, as one line: their names within a block, and how many they are."""
+    from mezzotint.allocation.knapsack import ALLOCATED
+
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for e in entries:
         if e.because == ALLOCATED:  # how many bits each has is another table

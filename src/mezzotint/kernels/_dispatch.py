@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor
 
-from mezzotint.errors import ConfigError
-from mezzotint.kernels import _native
+from mezzotint.errors import ConfigError, InstallationError
+
+try:
+    from mezzotint.kernels import _native
+except ImportError as error:
+    raise InstallationError(
+        f"the compiled kernels of mezzotint cannot be loaded ({error}). In a clone of the repository run `make venv`; "
+        "otherwise install the package again, from a wheel or with a C++17 compiler. `mezzotint doctor` shows more."
+    ) from error
 
 _LANES = 16
 _HALVES = (torch.bfloat16, torch.float16)

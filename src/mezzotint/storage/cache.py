@@ -19,17 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mezzotint.errors import ConfigError
+from mezzotint.process.machine import cache_folder
 from mezzotint.storage.files import replaced
 
 LIMIT = "MEZZOTINT_CACHE_BYTES"  # variable of the environment: bytes that may lie in the cache; 0 is no cache
 _LIMIT = 2 * 2**30
 _SUFFIX = ".safetensors"
 _PACKAGE = Path(__file__).parents[1]
-
-
-def cache_folder() -> Path:
-    """``mezzotint`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mezzotint"
 
 
 class Cache:
