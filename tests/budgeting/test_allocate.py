@@ -28,6 +28,8 @@ from mezzotint.models import Source
 from mezzotint.planning.plan import make_plan
 from mezzotint.report.report import REPORT_NAME
 from mezzotint.rounding.gptq import Gptq
+from mezzotint.storage.cache import LIMIT
+from mezzotint.sweep import job as jobs
 from mezzotint.sweep.job import Job
 from runs import TINY_LLAMA, opened, plan_of, quantized, request_of, stock, windows_of
 from twins import run
@@ -216,6 +218,13 @@ def test_the_guard_keeps_what_is_better_on_held_out_text(tmp_path: Path, monkeyp
         worse = 10.0 if folder.name == "allocated" and swapped else 0.0
         return replace(result, kl_nats=result.kl_nats + worse)
 
+    opened: list[Path] = []
+
+    def opening(model: Path, **options: Any) -> Source:
+        opened.append(model)
+        return open_original(model, **options)
+
+    monkeypatch.setattr(jobs, "open_original", opening)
     monkeypatch.setattr(budgeted, "compare", spy)
     for swapped, kept in ((False, None), (True, "uniform")):
         out = tmp_path / f"out{swapped}"
@@ -227,6 +236,23 @@ def test_the_guard_keeps_what_is_better_on_held_out_text(tmp_path: Path, monkeyp
         assert (len(bits) == 1) == (evidence["kept"] == "uniform")
         assert not (tmp_path / f"out{swapped}.partial").exists()
     assert 0 < losses["allocated"] < 5
+    assert len(opened) == 2  # the original, once a run
+
+
+def test_another_budget_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(LIMIT, str(2**24))
+    first = found("gptq", ALLOCATING, bits=3.6)
+    with monkeypatch.context() as patched:
+        for module, name in ((allocate, "measure_sensitivity"), (pricing, "Sweep")):
+            patched.setattr(module, name, lambda *_, **__: pytest.fail("it measures again"))
+        assert found("gptq", ALLOCATING, bits=3.6).points == first.points
+        assert found("gptq", ALLOCATING, bits=4.5).chosen.predicted_kl_nats < first.chosen.predicted_kl_nats
+    for changed in ({"seed": 1}, {"settings": ALLOCATING | {"rounding.damping": 0.02}}):
+        with monkeypatch.context() as patched:
+            patched.setattr(pricing, "Sweep", lambda *_, **__: pytest.fail("it measures again"))
+            with pytest.raises(pytest.fail.Exception, match="measures again"):
+                found("gptq", **{"settings": ALLOCATING, "bits": 3.6, **changed})
 
 
 @pytest.mark.parametrize(("where", "kept"), [("allocated", False), ("compare", True)])

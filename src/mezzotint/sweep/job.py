@@ -183,7 +183,7 @@ def tensors_of(windows: Windows) -> dict[str, Tensor]:
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors, their names and their shapes."""
     digest = hashlib.sha256()
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
