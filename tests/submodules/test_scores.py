@@ -17,6 +17,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "causal": {},
     "sliding": {"visible": "sliding"},
     "per window": {"visible": "per window"},
+    "later keys too": {"visible": "later"},  # two of them
     "capped": {"softcap": 1.5},
     "padded": {"weights": "padded"},
     "capped sliding padded": {"softcap": 1.5, "visible": "sliding", "weights": "padded"},
@@ -39,6 +40,8 @@ def pattern(settings: dict[str, Any]) -> Pattern:
     made = {"scaling": 0.6, **settings}
     if made.get("visible") == "sliding":
         made["visible"] = torch.from_numpy(reference.visible(SEQLEN, window=3))[None]
+    if made.get("visible") == "later":
+        made["visible"] = torch.ones(1, SEQLEN, SEQLEN, dtype=torch.bool).tril(2)
     if made.get("visible") == "per window":
         made["visible"] = torch.stack([torch.from_numpy(reference.visible(SEQLEN, window=w)) for w in (2, 4, 9)])
     if "weights" in made:

@@ -11,6 +11,7 @@ import mezzotint
 from mezzotint.blockwise import batches
 from mezzotint.errors import ConfigError
 from mezzotint.recipes.recipe import Rule, load_recipe
+from mezzotint.submodules import lpcd
 from mezzotint.submodules.lpcd import Lpcd
 from mezzotint.sweep import sweep
 from mezzotint.sweep.descent import Descent
@@ -155,14 +156,25 @@ def test_more_sweeps_and_other_settings_reach_the_descent(tmp_path: Path) -> Non
             assert any(not torch.equal(tensors[key], value) for key, value in results["once"].items()), name
 
 
-def test_members_that_are_kept_leave_their_part_out(tmp_path: Path) -> None:
+def test_members_that_are_kept_leave_their_part_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And fewer tokens than there are leave windows to judge by, which lie behind all that are fitted on."""
+    seen: list[set[bool]] = []
+    choose = Descent._chosen
+
+    def spy(self: Descent, part: Any) -> dict[int, int]:
+        found = choose(self, part)
+        seen.append({self._streams.batches[index].held_out for index in found})
+        return found
+
+    monkeypatch.setattr(Descent, "_chosen", spy)
+    monkeypatch.setattr(lpcd, "_LEAST_TOKENS", dict.fromkeys(lpcd._LEAST_TOKENS, 1))
     report = descended(
         TINY_LLAMA, tmp_path / "out", "lpcd-gptq", bits=3, samples=8, engine="dense", keep=["*.0.*k_proj", "*.1.*"],
         settings={"submodules.tokens": 0.25, "submodules.mlp_tokens": 0.25},
     )  # fmt: skip
     assert [set(block["submodules"]) for block in report["blocks"][:2]] == [{"vo", "updown"}, set()]
-    assert all(losses["before"] > 0 for block in report["blocks"] for losses in block["submodules"].values())
+    assert seen
+    assert all(kinds == {False, True} for kinds in seen)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
