@@ -76,6 +76,29 @@ Keep = Annotated[
         "--keep-results", help="Save the results in the folder, for its model card and for `mezzotint compare`."
     ),
 ]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        help="With --html: show how the model, and the one of --against, continue this text.",
+        rich_help_panel=MORE,
+    ),
+]
+DriftRecipes = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help="With --drift: recipe to measure. Can be given several times.", rich_help_panel=MORE),
+]
+DriftBlocks = Annotated[
+    int, typer.Option("--blocks", help="With --drift: number of blocks to quantize.", rich_help_panel=MORE)
+]
+DriftPlot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        help="With --drift: draw the errors into a .png or .svg, one line per recipe.",
+        rich_help_panel=MORE,
+    ),
+]
 
 
 @app.command()
@@ -170,23 +193,9 @@ def inspect(
             rich_help_panel=MORE,
         ),
     ] = False,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe", help="With --drift: recipe to measure. Can be given several times.", rich_help_panel=MORE
-        ),
-    ] = None,
-    blocks: Annotated[
-        int, typer.Option("--blocks", help="With --drift: number of blocks to quantize.", rich_help_panel=MORE)
-    ] = 10,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot",
-            help="With --drift: draw the errors into a .png or .svg, one line per recipe.",
-            rich_help_panel=MORE,
-        ),
-    ] = None,
+    recipe: DriftRecipes = None,
+    blocks: DriftBlocks = 10,
+    plot: DriftPlot = None,
     asked: Asked,
     as_json: Json = False,
 ) -> None:
@@ -200,7 +209,7 @@ def inspect(
 
         check_plot(plot)
         requests = [asked.request(folder, name, "dense") for name in recipe or ("rtn", "qep-rtn")]
-        with tables.bar(errors, "following the streams") as progress:
+        with tables.bar(errors, "measuring drift") as progress:
             found = measure_drift(requests, blocks, progress)
         if plot is not None:
             plot_drift(found, plot)
