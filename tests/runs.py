@@ -14,7 +14,7 @@ from mezzotint.models import Source, open_model
 from mezzotint.models.skeleton import quiet
 from mezzotint.planning.plan import make_plan
 from mezzotint.planning.planned import Planned
-from mezzotint.recipes.request import Request
+from mezzotint.recipes.request import Request, make_request
 from mezzotint.sweep.calibrate import calibration_windows
 from mezzotint.testing import models
 
@@ -37,7 +37,7 @@ def tiny(name: str, folder: Path, **options: Any) -> Path:
 
 def request_of(model: Path, recipe: Any = "gptq", **options: Any) -> Request:
     """What the Python API makes of these arguments, with a small calibration text."""
-    return mezzotint._request(model, recipe, **_with_defaults(options))
+    return make_request(model, recipe, **_with_defaults(options))
 
 
 def plan_of(model: Path, recipe: Any = "gptq", **options: Any) -> Planned:

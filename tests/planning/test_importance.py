@@ -18,6 +18,7 @@ from mezzotint.grids.uniform import UniformGrid
 from mezzotint.planning.plan import make_plan
 from mezzotint.planning.planned import Planned
 from mezzotint.recipes.recipe import Rule, load_recipe
+from mezzotint.recipes.request import make_request
 from mezzotint.report.command import command_of
 from runs import TINY_LLAMA, assert_same_tensors, opened
 
@@ -45,7 +46,7 @@ def imatrix(means: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFacto
 
 
 def plan_with(imatrix: Path, recipe: Any = "rtn", **options: Any) -> Planned:
-    request = mezzotint._request(TINY_LLAMA, recipe, imatrix=imatrix, device="cpu", **options)
+    request = make_request(TINY_LLAMA, recipe, imatrix=imatrix, device="cpu", **options)
     return make_plan(opened(TINY_LLAMA), request)
 
 
@@ -135,7 +136,7 @@ def test_a_file_of_another_model(tmp_path: Path, means: dict[str, np.ndarray]) -
 
 def test_models_that_llama_cpp_does_not_know(imatrix: Path, tiny_folder: Callable[[str], Path]) -> None:
     folder = tiny_folder("gpt2")
-    request = mezzotint._request(folder, "rtn", imatrix=imatrix, device="cpu")
+    request = make_request(folder, "rtn", imatrix=imatrix, device="cpu")
     with pytest.raises(FormatError, match="not for model_type 'gpt2'"):
         make_plan(opened(folder), request)
 

@@ -146,9 +146,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Values of the options that `quantize`, `plan` and `inspect --drift` share, as typed."""
+    """Options that `quantize`, `plan` and `inspect --drift` share, as typed: every field of `Options` but ``engine``."""
 
-    form: FormatOption = None
+    format: FormatOption = None
     bits: BitsOption = None
     size: SizeOption = None
     fits: FitsOption = None
@@ -171,40 +171,16 @@ class Asked:
 
     def request(self, model: Path, recipe: str, engine: str | None) -> "Request":
         """Checked, as far as it can be without the model."""
-        from mezzotint.recipes.request import CalibrationRequest, Request, parse_bytes, resolve_device, resolve_recipe
+        from mezzotint.recipes.request import make_request
 
-        return Request(
-            model=model,
-            recipe=resolve_recipe(
-                recipe,
-                engine=engine,
-                form=self.form,
-                bits=self.bits,
-                size=None if self.size is None else parse_bytes(self.size),
-                fits=None if self.fits is None else parse_bytes(self.fits),
-                context=self.context,
-                tokens_per_second=self.tokens_per_second,
-                settings=parse_settings(self.settings or []),
-                keep=tuple(self.keep or ()),
-                weighted=self.imatrix is not None,
-            ),
-            engine=engine,
-            format=self.form,
-            calibration=CalibrationRequest(
-                source=self.calibration,
-                samples=_count("samples", self.samples),
-                seqlen=_count("seqlen", self.seqlen),
-                field=self.field,
-                lines=self.lines,
-                packing=self.packing,
-                imatrix=self.imatrix,
-            ),
-            seed=self.seed,
-            device=resolve_device(self.device),
-            precision=self.precision,
-            memory=None if self.memory is None else parse_bytes(self.memory),
-            trust_remote_code=self.trust_remote_code,
-        )
+        options: dict[str, Any] = {option.name: getattr(self, option.name) for option in fields(self)}
+        options |= {
+            "settings": parse_settings(self.settings or []),
+            "keep": self.keep or (),
+            "samples": _count("samples", self.samples),
+            "seqlen": _count("seqlen", self.seqlen),
+        }
+        return make_request(model, recipe, engine=engine, **options)
 
 
 def asks(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,13 +4,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from mezzotint.core.precision import PRECISIONS
 from mezzotint.errors import ConfigError, unknown
 from mezzotint.formats.engine_rules import ANY, Engine, engines
+from mezzotint.recipes.options import Options
 from mezzotint.recipes.recipe import Recipe, Rule, load_recipe, presets
 from mezzotint.recipes.settings import fields_of
 from mezzotint.registry import FORMATS, GRIDS
@@ -111,6 +112,55 @@ class Request:
         check_engine(self.engine, self.format)
         if self.precision not in ("auto", *PRECISIONS):
             raise ConfigError(unknown("precision", self.precision, ("auto", *PRECISIONS)))
+
+
+def make_request(model: str | Path, recipe: str | Recipe = "default", **options: Unpack[Options]) -> Request:
+    """What the command line and the Python functions ask for, checked as far as it can be without the model.
+
+    Args:
+        model: folder of the original.
+        recipe: name of a preset, path of a .yaml file, or a recipe.
+        **options: see `Options`.
+
+    Raises:
+        TypeError: an option that there is not.
+        ConfigError: a value that does not fit.
+    """
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(unknown("option", name, Options.__annotations__))
+    imatrix = options.get("imatrix")
+    resolved = resolve_recipe(
+        recipe,
+        form=options.get("format"),
+        size=nbytes(options.get("size")),
+        fits=nbytes(options.get("fits")),
+        keep=tuple(options.get("keep", ())),
+        weighted=imatrix is not None,
+        **_given(options, "engine", "bits", "context", "tokens_per_second", "settings"),
+    )
+    calibration = CalibrationRequest(
+        source=str(options.get("calibration", "self")),
+        imatrix=None if imatrix is None else Path(imatrix),
+        **_given(options, "samples", "seqlen", "field", "lines", "packing"),
+    )
+    return Request(
+        model=Path(model),
+        recipe=resolved,
+        calibration=calibration,
+        device=resolve_device(options.get("device", "auto")),
+        memory=nbytes(options.get("memory")),
+        **_given(options, "engine", "format", "seed", "precision", "trust_remote_code"),
+    )
+
+
+def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those of the options that were given: the others have their default in one place, where they are used."""
+    return {name: options[name] for name in names if name in options}
+
+
+def nbytes(value: int | str | None) -> int | None:
+    """A number of bytes, given as such or as text for `parse_bytes`."""
+    return parse_bytes(value) if isinstance(value, str) else value
 
 
 def check_engine(engine: str | None, form: str | None) -> None:
