@@ -98,7 +98,7 @@ def test_an_unknown_option_is_a_type_error_with_a_suggestion(function: Callable[
 
 
 def test_a_size_that_cannot_be_read() -> None:
-    with pytest.raises(ConfigError, match="write for example 8GiB"):
+    with pytest.raises(ConfigError, match="Write for example 8GiB"):
         make_request(MODEL, "rtn", memory="much")
 
 

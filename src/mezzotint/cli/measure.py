@@ -164,16 +164,6 @@ def evaluate(
     finish(work, as_json)
 
 
-Prompt = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt",
-        help="With --html: show how the model, and the one of --against, continue this text.",
-        rich_help_panel=MORE,
-    ),
-]
-
-
 @app.command()
 @asks
 def inspect(

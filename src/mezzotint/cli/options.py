@@ -146,7 +146,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Options that `quantize`, `plan` and `inspect --drift` share, as typed: every field of `Options` but ``engine``."""
+    """Options that `quantize`, `plan` and `inspect --drift` share, as typed: the fields of `Options` but ``engine``."""
 
     format: FormatOption = None
     bits: BitsOption = None
