@@ -151,9 +151,9 @@ def test_drift_is_measured_with_it_too() -> None:
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("gptaq", {}, r"curvature 'fisher' is for rounding.kind=gptq, and this one is 'gptaq'"),
-        ("rtn", {}, r"is for rounding.kind=gptq, and this one is 'nearest'"),
-        ("gptq", {"grid.kind": "lookup"}, r"is for grids of kind uniform, not 'lookup'"),
+        ("gptaq", {}, r"curvature 'fisher' needs rounding.kind=gptq, but rounding.kind is 'gptaq'"),
+        ("rtn", {}, r"needs rounding.kind=gptq, but rounding.kind is 'nearest'"),
+        ("gptq", {"grid.kind": "lookup"}, r"needs grid.kind=uniform, but grid.kind is 'lookup'"),
         ("awq-gptq", {}, r"transform 'awq' changes it. Use curvature.kind=none"),
         (
             "default",
