@@ -158,7 +158,7 @@ def test_drift_is_measured_with_it_too() -> None:
         (
             "default",
             {"grid.kind": "lookup", "grid.range": "error"},
-            r"curvature 'fisher' is .*; refinement 'descent' .*Use curvature.kind=none and refinement.kind=none",
+            r"curvature 'fisher' needs .*; refinement 'descent' .*Use curvature.kind=none and refinement.kind=none",
         ),
         ("gptq", {"curvature.block_size": 8}, r"curvature.block_size is 8"),
     ],

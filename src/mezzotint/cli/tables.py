@@ -1,4 +1,4 @@
-"""What people see: tables and progress."""
+"""Tables and progress bars on the terminal."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The page of several quantized folders beside each other."""
+"""The page that compares several quantized folders."""
 
 from collections.abc import Sequence
 

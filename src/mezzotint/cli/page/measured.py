@@ -1,4 +1,4 @@
-"""Tables of what was measured of one folder and kept."""
+"""Tables of the saved evaluation results of one folder."""
 
 from collections.abc import Mapping
 from typing import Any
