@@ -63,7 +63,7 @@ def test_chats(tmp_path, chat_tokenizer, llama_tokenizer):
     broken = write_lines(tmp_path, {"messages": chat})
     template, chat_tokenizer.chat_template = chat_tokenizer.chat_template, "{{ raise_exception('roles alternate') }}"
     try:
-        refused("template refuses this chat: roles alternate", broken, chat_tokenizer)
+        refused("template rejects this chat: roles alternate", broken, chat_tokenizer)
     finally:
         chat_tokenizer.chat_template = template
 
