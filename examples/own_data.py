@@ -35,5 +35,5 @@ for folder in folders:
 # On the same windows: the difference has a narrower interval than the two figures suggest.
 for pair in compare(folders)[1]:
     d = pair.difference
-    told = "more than chance" if d.clear else "could be chance"
+    told = "significant" if d.clear else "could be chance"
     print(f"{pair.measure}, {pair.first} minus {pair.second}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}], {told}")

@@ -1,4 +1,4 @@
-"""Compress language models after training: weights in two to eight bits, with the model's behaviour kept.
+"""Post-training quantization of language models: 1.5 to 8 bits per weight, with a measured loss.
 
 Example:
     >>> import mezzotint

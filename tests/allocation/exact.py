@@ -1,4 +1,4 @@
-"""The optimum under a size by dynamic programming: slow and certain."""
+"""The exact optimum under a size limit by dynamic programming: slow, used to check the fast solver."""
 
 import math
 from collections.abc import Sequence

@@ -63,7 +63,7 @@ def test_chats(tmp_path, chat_tokenizer, llama_tokenizer):
     broken = write_lines(tmp_path, {"messages": chat})
     template, chat_tokenizer.chat_template = chat_tokenizer.chat_template, "{{ raise_exception('roles alternate') }}"
     try:
-        refused("template refuses this chat: roles alternate", broken, chat_tokenizer)
+        refused("template rejects this chat: roles alternate", broken, chat_tokenizer)
     finally:
         chat_tokenizer.chat_template = template
 
@@ -79,11 +79,11 @@ def test_files_that_cannot_be_read(tmp_path):
     refused(r"does not exist\. Check the path", tmp_path / "no" / "folder.txt")
     refused(r"is a directory\. Give one of its files \(corpus\.txt\)", tmp_path)
     for name, content in (("empty.txt", ""), ("blank.txt", " \n\n"), ("empty.jsonl", "\n")):
-        refused(r"has no text: all .* are empty", write(tmp_path, name, content))
+        refused(r"has no text \(.* all empty\)", write(tmp_path, name, content))
     refused(r"not UTF-8: byte 0xff at offset 5 of 7.*iconv", write(tmp_path, "latin.txt", b"abcd\n\xff\n"))
     refused(r"unknown kind of calibration text '\.json'.*Did you mean '\.jsonl'", write(tmp_path, "a.json", "{}"))
     refused(r"unknown calibration text 'wikitext'. Did you mean 'wikitext2'\? Known: c4, ptb, wikitext2", "wikitext")
-    with pytest.raises(CalibrationError, match="is empty"):
+    with pytest.raises(CalibrationError, match="has no text"):
         read_text(tmp_path / "empty.txt")
 
 

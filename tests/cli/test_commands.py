@@ -60,7 +60,7 @@ def test_dry_run_writes_nothing(mezzotint: Run, tmp_path: Path) -> None:
 def test_plan(mezzotint: Run) -> None:
     shown = mezzotint("plan", TINY_LLAMA, *SMALL, "--bits", "3", "--keep", "*.0.mlp.down_proj")
     assert shown.code == 0
-    for part in ("lm_head", "kept by a rule", "3.150 bits per weight", "windows of 32 tokens", "format", "memory"):
+    for part in ("lm_head", "kept by a rule", "3.150 bits per weight", "samples of 32 tokens", "format", "memory"):
         assert part in " ".join(shown.stdout.split()), shown.stdout
     answer = mezzotint("plan", TINY_LLAMA, *SMALL, "--bits", "3", "--json")
     assert len(answer.stdout.splitlines()) == 1
@@ -243,7 +243,7 @@ def test_warnings_are_told(mezzotint: Run, damaged: Path, tmp_path: Path) -> Non
     (damaged / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
     answer = mezzotint("quantize", damaged, "--out", tmp_path / "out", "--recipe", "rtn", *SMALL, "--json")
     assert answer.code == 0
-    assert "warning: The card names no licence" in answer.stderr
+    assert "warning: The card has no licence" in answer.stderr
     assert answer.last_object["warnings"][0] in answer.stderr.replace("\n", "")
 
 

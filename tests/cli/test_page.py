@@ -85,21 +85,21 @@ def test_one_folder(page: str, folders: list[Path]) -> None:
     report, kept = read_report(folders[1]), read_results(folders[1])
     assert read.links == ["data:,"]
     assert "script" not in read.tags
-    for title in ("Size", "What it lost", "Bits", "Errors", "Drift over depth", "Time and memory", "Do it again"):
+    for title in ("Size", "Evaluation", "Bits", "Errors", "Error after each block", "Time and memory", "Reproduce"):
         assert f"<h2>{title}</h2>" in page, title
     for part in (
         f"{report['bits_per_weight']:.2f}",
         report["command"],
         f"{kept['texts'][HELD_OUT.name]['kl_nats']:.4f}",
         *(linear["name"] for linear in report["linears"]),
-        "model.layers.0.mlp.down_proj: kept as it was",
+        "model.layers.0.mlp.down_proj: not quantized",
         "prefers-color-scheme: dark",
     ):
         assert part in html.unescape(page), part
     # every matrix of every block has a cell in both maps, and what is kept in one
     assert read.tags.count("rect") >= 20 + 1 + 20
     assert "Size against loss" not in page
-    assert "What it writes" not in page
+    assert "Generated text" not in page
 
 
 def test_nothing_to_show_is_not_shown(folders: list[Path]) -> None:
@@ -107,7 +107,7 @@ def test_nothing_to_show_is_not_shown(folders: list[Path]) -> None:
     Reader(bare)
     assert "rtn &amp; co" in bare
     assert "rtn & co" not in bare.replace("rtn &amp; co", "")
-    for title in ("What it lost", "Drift over depth", "Decisions"):
+    for title in ("Evaluation", "Error after each block", "Decisions"):
         assert f"<h2>{title}</h2>" not in bare
 
 
@@ -122,7 +122,7 @@ def test_the_frontier_of_an_allocation() -> None:
     Reader(shown)
     assert shown.count("allocated: ") == 3
     assert "chosen: 0.07 at size 2 MiB" in shown
-    assert "KL allocated 0.0800, uniform 0.1000; allocated was kept" in shown
+    assert "KL allocated 0.0800, uniform 0.1000. The result with allocated bits was kept" in shown
     assert frontier(None) == ""
 
 
@@ -143,7 +143,7 @@ def test_on_the_command_line(mezzotint: Run, folders: list[Path], tmp_path: Path
     assert answer.last_object == read_report(folders[1])
     read = Reader(one.read_text(encoding="utf-8"))
     assert read.text.count("The <wheel> turns") == 2
-    assert "What it writes" in read.text
+    assert "Generated text" in read.text
     answer = mezzotint("compare", *folders, "--html", many, "--json")
     assert [folder["name"] for folder in answer.last_object["folders"]] == ["rtn & co", "gptq"]
     assert {pair["measure"] for pair in answer.last_object["differences"]} == {"KL, nats/token", "log perplexity"}

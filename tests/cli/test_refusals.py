@@ -180,7 +180,7 @@ def test_no_tokenizer(refused: Refused, damaged: Path) -> None:
         (("--keep", "*"), ("nothing to quantize",)),
         (("--for", "vlm"), ("unknown engine 'vlm'", "Did you mean 'vllm'?")),
         (("--device", "tpu"), ("unknown device 'tpu'", "cpu")),
-        (("--memory", "much"), ("'much' is not understood", "8GiB")),
+        (("--memory", "much"), ("'much' is not a size", "8GiB")),
         (("--samples", "1"), ("--samples is 1", "at least 2")),
         (("--samples", "many"), ("--samples is 'many'", "whole number")),
         (("--seqlen", "1000"), ("--seqlen is 1000", "at most 512 positions")),

@@ -73,7 +73,7 @@ def test_front_matter(lines: str, told: str | None, tmp_path: Path) -> None:
     assert (told or "") in (why or "")
     assert (why is None) == (not told)
     if why is not None:
-        assert "The card names no licence" in why
+        assert "The card has no licence" in why
 
 
 def test_a_card_that_is_no_file_or_not_utf_8(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_corrections_are_not_counted_twice(rounding: str) -> None:
 
 @pytest.mark.parametrize("rounding", ["gptaq", "qronos"])
 def test_corrections_are_not_taken_back(rounding: str) -> None:
-    with pytest.raises(ConfigError, match=rf"take back what rounding '{rounding}' corrects.*refinement.kind=none"):
+    with pytest.raises(ConfigError, match=rf"undo the drift correction of rounding '{rounding}'.*refinement.kind=none"):
         plan_of(TINY_LLAMA, settings={"rounding.kind": rounding, "refinement.kind": "descent"})
 
 

@@ -65,7 +65,7 @@ def test_settings_reach_their_stage() -> None:
         ({"rounding.damping": -1}, ("damping is -1", "0")),
         ({"target.kind": "qep", "target.alpha": 2}, ("alpha is 2", "from 0 to 1")),
         ({"target.alpha": 0.5}, ("unknown setting 'target.alpha'",)),  # of kind weight, which has none
-        ({"transform.strength": 0.5}, ("'transform.strength'", "while transform.kind is none")),
+        ({"transform.strength": 0.5}, ("'transform.strength'", "because transform.kind is none")),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], parts: tuple[str, ...]) -> None:

@@ -107,7 +107,7 @@ def test_the_seed_repeats_and_matters(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_report(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no mezzotint.json; give a folder that `mezzotint quantize` made"):
+    with pytest.raises(ModelError, match=r"has no mezzotint.json. Give a folder that `mezzotint quantize` made"):
         read_report(tmp_path)
     (tmp_path / "mezzotint.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="is not valid JSON"):

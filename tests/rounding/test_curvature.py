@@ -81,7 +81,7 @@ def test_a_share_of_whole_blocks_is_rounded_as_in_the_whole():
 def test_other_grids_are_refused():
     weight, fit, _, curvature = problem()
     grid = ToyVectorGrid(tile=(1, 2)).fit(weight, None)
-    with pytest.raises(ConfigError, match=r"curvature is for uniform grids, not for 'toy'"):
+    with pytest.raises(ConfigError, match=r"curvature needs a uniform grid, not 'toy'"):
         Gptq().round(Aim(matrix=weight, curvature=curvature), grid, fit)
 
 

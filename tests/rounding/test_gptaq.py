@@ -115,7 +115,7 @@ def test_a_corrected_aim_is_refused():
     problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=2, columns=6, tokens=20, seed=0))
     corrected = Qep().aim(problem.weight, problem.statistics, None)
     with pytest.raises(
-        ConfigError, match="'gptaq' corrects for drift itself; with a corrected target that counts twice"
+        ConfigError, match="'gptaq' corrects drift itself; with a corrected target, drift would be corrected twice"
     ):
         Gptaq().round(corrected, problem.grid, problem.statistics)
     assert not Gptaq.accepts_corrected
@@ -124,5 +124,5 @@ def test_a_corrected_aim_is_refused():
 def test_needs_both_streams():
     problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=1, columns=4, tokens=4, seed=0))
     for fit in (None, replace(problem.statistics, drift=None)):
-        with pytest.raises(ConfigError, match="'gptaq' needs calibration statistics of both streams"):
+        with pytest.raises(ConfigError, match="'gptaq' needs statistics of the original and the quantized model"):
             Gptaq().round(problem.aim, problem.grid, fit)

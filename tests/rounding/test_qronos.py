@@ -149,7 +149,7 @@ def test_a_corrected_aim_is_refused():
     problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=2, columns=6, tokens=20, seed=0))
     corrected = Qep().aim(problem.weight, problem.statistics, None)
     with pytest.raises(
-        ConfigError, match="'qronos' corrects for drift itself; with a corrected target that counts twice"
+        ConfigError, match="'qronos' corrects drift itself; with a corrected target, drift would be corrected twice"
     ):
         Qronos().round(corrected, problem.grid, problem.statistics)
     assert not Qronos.accepts_corrected
@@ -158,5 +158,5 @@ def test_a_corrected_aim_is_refused():
 def test_needs_both_streams():
     problem = make_problem(ProblemSettings(grid=UniformGrid(), rows=1, columns=4, tokens=4, seed=0))
     for fit in (None, replace(problem.statistics, drift=None)):
-        with pytest.raises(ConfigError, match="'qronos' needs calibration statistics of both streams"):
+        with pytest.raises(ConfigError, match="'qronos' needs statistics of the original and the quantized model"):
             Qronos().round(problem.aim, problem.grid, fit)

@@ -185,7 +185,7 @@ def test_the_best_rows_are_taken_with_their_parameters():
 def test_other_grids_are_refused():
     weight, quadratic, round_on, _ = problem("nearest")
     rounded = round_on(ToyVectorGrid(tile=(1, 2)).fit(weight, None))
-    with pytest.raises(ConfigError, match=r"for uniform grids, not for 'toy'"):
+    with pytest.raises(ConfigError, match=r"needs a uniform grid, not 'toy'"):
         Descent().refine(rounded, weight, quadratic, round_on)
 
 

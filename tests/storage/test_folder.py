@@ -181,7 +181,7 @@ def link(path: Path) -> None:
             lambda path: (path.parent.mkdir(), path.write_text("x")),
             r"exists and is not empty \(1 entries\)",
         ),
-        ("out", link, "out is a link to .*real; the output takes the place of its name by a rename"),
+        ("out", link, "out is a link to .*real; the output folder is renamed to this name"),
         ("out", lambda path: path.symlink_to("nowhere"), "is a link to nowhere"),
         ("out", lambda path: (path.mkdir(), os.chdir(path)), "is the folder that this command runs in.*out/quantized"),
         ("out.partial", lambda path: path.write_text("x"), "out.partial is a file; a run keeps its unfinished work"),

@@ -108,7 +108,7 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     store = Store(Budget(0), tmp_path)
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(WriteError, match=r"cannot spill 4000 bytes .* raise --memory"):
+    with pytest.raises(WriteError, match=r"cannot write 4000 bytes .* raise --memory"):
         store.put(0, torch.ones(1000))
     store.close()
 

@@ -152,14 +152,14 @@ def test_drift_is_measured_with_it_too() -> None:
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("gptaq", {}, r"curvature 'fisher' is for rounding.kind=gptq, and this one is 'gptaq'"),
-        ("rtn", {}, r"is for rounding.kind=gptq, and this one is 'nearest'"),
-        ("gptq", {"grid.kind": "lookup"}, r"is for grids of kind uniform, not 'lookup'"),
+        ("gptaq", {}, r"curvature 'fisher' needs rounding.kind=gptq, but rounding.kind is 'gptaq'"),
+        ("rtn", {}, r"needs rounding.kind=gptq, but rounding.kind is 'nearest'"),
+        ("gptq", {"grid.kind": "lookup"}, r"needs grid.kind=uniform, but grid.kind is 'lookup'"),
         ("awq-gptq", {}, r"transform 'awq' changes it. Use curvature.kind=none"),
         (
             "default",
             {"grid.kind": "lookup", "grid.range": "error"},
-            r"curvature 'fisher' is .*; refinement 'descent' .*Use curvature.kind=none and refinement.kind=none",
+            r"curvature 'fisher' needs .*; refinement 'descent' .*Use curvature.kind=none and refinement.kind=none",
         ),
         ("gptq", {"curvature.block_size": 8}, r"curvature.block_size is 8"),
     ],

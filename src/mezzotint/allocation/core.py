@@ -1,4 +1,4 @@
-"""What is left to decide once the multiplier is known: few choices of few items, searched to the end."""
+"""The core problem after the Lagrange multiplier is known: few choices of few items, searched exhaustively."""
 
 import math
 from collections.abc import Sequence

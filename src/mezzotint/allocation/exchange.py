@@ -1,4 +1,4 @@
-"""Local search on the knapsack: what a Lagrangian solution leaves of the budget, and swaps between two items."""
+"""Local search on the knapsack: spend the rest of the budget of a Lagrangian solution, and swap pairs of items."""
 
 import math
 

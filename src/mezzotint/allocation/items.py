@@ -1,4 +1,4 @@
-"""What an allocation is made of: items with alternatives, of which each takes one."""
+"""Input of an allocation: items, each with several choices."""
 
 import math
 from collections.abc import Hashable, Mapping

@@ -1,4 +1,4 @@
-"""Choices as arrays: what one constraint leaves of them, and their convex hull."""
+"""Choices as arrays: those that are possible under one constraint, and their convex hull."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The way back through a model, from labels drawn of its own predictions to its first block, a block at a time."""
+"""The backward pass of a model, block by block. Labels are sampled from the model's own predictions."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

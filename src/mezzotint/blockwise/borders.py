@@ -1,4 +1,4 @@
-"""One pass of single windows through a model, block by block, that keeps what lies between the blocks."""
+"""One forward pass of single windows, block by block. It keeps the hidden states between the blocks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

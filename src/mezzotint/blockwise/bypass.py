@@ -1,4 +1,4 @@
-"""The model's own code around its blocks, and one batch's way through them."""
+"""The model's own code around its blocks, and the path of one batch through the blocks."""
 
 import json
 from collections import UserDict

@@ -1,4 +1,4 @@
-"""Opening a model folder to read it, packed by us or not."""
+"""Opens a model folder for reading, quantized by mezzotint or not."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Standing still inside a block: what goes into each input group of it."""
+"""Stops a forward pass inside a block, at the inputs of each input group."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

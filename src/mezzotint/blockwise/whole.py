@@ -1,4 +1,4 @@
-"""A whole model in memory with dense weights, whatever it is stored in."""
+"""A whole model in memory with dense weights, from any format."""
 
 import torch
 from transformers import PreTrainedModel

@@ -1,1 +1,1 @@
-"""What every choice of bits would cost a model, and the choice under a budget."""
+"""Predicted loss of each choice of bits, and the choice under a budget."""

@@ -1,4 +1,4 @@
-"""How long one token takes on this machine: measured matrix by matrix and added up, with a constant for the rest."""
+"""Time of one token on this machine: the sum of measured times of all matrices, and a constant for the rest."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Sensitivities by trying: noise in one matrix after the other, and what the model loses by it."""
+"""Sensitivities by measurement: add noise to one matrix after the other, and measure the loss."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What every choice of a grid would cost each matrix: predicted loss, stored bits."""
+"""Predicted loss and stored bits of each choice of a grid for each matrix."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,4 @@
-"""Calibration windows that the model writes itself: nothing to download, and text of the kind the model knows."""
+"""Calibration windows that the model writes itself. Nothing is downloaded, and the text resembles the training data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

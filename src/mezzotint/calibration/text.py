@@ -148,9 +148,7 @@ def _without_empty(documents: list[str], source: str) -> list[str]:
     """
     kept = [document for document in documents if document.strip()]
     if not kept:
-        raise CalibrationError(
-            f"{source} has no text: all {len(documents)} documents are empty. Give a file with text."
-        )
+        raise CalibrationError(f"{source} has no text ({len(documents)} documents, all empty). Give a file with text.")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""What people see: tables and progress."""
+"""Tables and progress bars on the terminal."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,13 +95,13 @@ def show_plan(planned: Any, console: Console) -> None:
 
     plan = planned.plan
     table = Table(title=f"plan: recipe {planned.request.recipe.name} for {planned.request.model.name}")
-    for column in ("matrices", "how", "bits/weight", "because"):
+    for column in ("matrices", "method", "bits/weight", "chosen by"):
         table.add_column(column, justify="right" if column == "bits/weight" else "left", overflow="fold")
     for names, entry in _alike(plan.entries):
         rows, columns = planned.shapes[entry.matrix]
         stages = (entry.target, entry.grid, entry.rounding, entry.curvature, entry.refinement)
         how = ", ".join(_short(stage) for stage in stages if stage is not None)
-        stored = "as below"
+        stored = "see below"
         if entry.because != ALLOCATED:
             stored = f"{entry.bits.total / (rows * columns):.3f}"
         table.add_row(names, how, stored, entry.because)
@@ -111,20 +111,20 @@ def show_plan(planned: Any, console: Console) -> None:
     for step, names in planned.steps_down.items():
         parts = ", ".join(dict.fromkeys(re.sub(r"^.*?\.\d+\.|\[\d+\]", "", name) for name in names))
         console.print(
-            f"stepped down: {escape(step.what)}: {escape(step.why)}: {escape(parts)} ({len(names)})", highlight=False
+            f"simpler: {escape(step.what)}: {escape(step.why)}: {escape(parts)} ({len(names)})", highlight=False
         )
     console.print(
         f"{planned.bits_per_weight:.3f} bits per weight ({planned.bits_per_weight_without_side_data:.3f} without "
         f"scales and zero points), {size(plan.bytes)} in all, format {plan.format} ({planned.because})"
     )
     if planned.importance is not None:
-        console.print(f"calibration: the importance matrix {planned.importance.name!r} in its place")
+        console.print(f"calibration: importance matrix {planned.importance.name!r}")
     elif planned.calibration is None:
-        console.print("calibration: none needed")
+        console.print("calibration: not needed")
     else:
         c = planned.calibration
-        console.print(f"calibration: {c.samples} windows of {c.seqlen} tokens from {c.source!r}")
-    console.print(f"about {planned.seconds():.0f} s on this machine, and {size(plan.peak_memory_bytes)} of memory")
+        console.print(f"calibration: {c.samples} samples of {c.seqlen} tokens from {c.source!r}")
+    console.print(f"estimate: {planned.seconds():.0f} s on this machine, {size(plan.peak_memory_bytes)} of memory")
 
 
 def _alike(entries: Any) -> list[tuple[str, Any]]:
@@ -170,8 +170,8 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
         ("bits per weight", f"{result['bits_per_weight']:.3f}"),
         ("without scales and zero points", f"{result['bits_per_weight_without_side_data']:.3f}"),
         ("size of all tensors", size(result["output_bytes"])),
-        ("time", f"{result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of processor)"),
-        ("peak memory", f"{size(result['peak_rss_bytes'])} ({size(result['promised_peak_memory_bytes'])} promised)"),
+        ("time", f"{result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of processor time)"),
+        ("peak memory", f"{size(result['peak_rss_bytes'])} ({size(result['promised_peak_memory_bytes'])} planned)"),
     ]
     if blocks:
         rows.append(("held-out error of the last block", f"{blocks[-1]['relative_error']:.2%}"))
@@ -203,7 +203,9 @@ def show_evaluation(text: Any | None, tasks: Mapping[str, Any] | None, console: 
             table.add_row(name, value, "" if stderr is None else f"{stderr:.4f}")
         console.print(table)
     if tasks is not None:
-        table = Table(title="tasks: the original, the model, and their difference over the same items (95 %)")
+        table = Table(
+            title="tasks: original, quantized, and difference over the same questions (95 % confidence interval)"
+        )
         for column in ("task", "metric", "original", "model", "difference", "lost", "gained"):
             table.add_column(column, justify="left" if column in ("task", "metric") else "right")
         for name, task in tasks.items():
@@ -224,9 +226,9 @@ def _text_rows(text: Any) -> list[tuple[str, str, float | None]]:
         ("log_perplexity_ratio", f"{ratio:.4f}", text.log_perplexity_ratio_stderr),
         ("kl_nats, mean over tokens", f"{text.kl_nats:.4f}", text.kl_stderr),
         *((f"kl_nats, {name}", f"{value:.4f}", None) for name, value in text.kl_percentiles.items()),
-        ("same likeliest token", f"{text.top1_agreement:.2%}", text.top1_stderr),
-        ("right before, wrong now", f"{text.flips['lost']:.2%}", None),
-        ("wrong before, right now", f"{text.flips['gained']:.2%}", None),
+        ("same top token", f"{text.top1_agreement:.2%}", text.top1_stderr),
+        ("lost (right in the original only)", f"{text.flips['lost']:.2%}", None),
+        ("gained (right in the quantized model only)", f"{text.flips['gained']:.2%}", None),
     ]
 
 
@@ -266,10 +268,12 @@ def show_comparison(found: Sequence[Any], pairs: Sequence[Any], console: Console
         )
     console.print(table)
     if not pairs:
-        console.print("no differences: nothing was measured on the same text or tasks with --keep-results")
+        console.print(
+            "no differences: run `mezzotint evaluate --keep-results` with the same text or tasks on each folder first"
+        )
         return
-    table = Table(title="differences over the same windows or items, with 95 % intervals")
-    for column in ("measure", "on", "first", "second", "first minus second", "clear"):
+    table = Table(title="differences over the same windows or questions, with 95 % confidence intervals")
+    for column in ("measure", "on", "first", "second", "first minus second", "significant"):
         table.add_column(column, overflow="fold")
     for pair in pairs:
         d = pair.difference
@@ -285,7 +289,7 @@ def _loss(text: Mapping[str, Any]) -> str:
 
 def show_drift(found: Sequence[Any], console: Console) -> None:
     """Relative error of the stream behind every block, a column a recipe."""
-    table = Table(title=f"error behind each block, the first {found[0].blocks} quantized")
+    table = Table(title=f"error after each block; the first {found[0].blocks} blocks are quantized")
     table.add_column("block", justify="right")
     for one in found:
         table.add_column(one.recipe, justify="right")
@@ -297,7 +301,16 @@ def show_drift(found: Sequence[Any], console: Console) -> None:
 def show_palette(found: Sequence[Any], console: Console) -> None:
     """Every grid, best first at each number of bits."""
     table = Table(title="palette: error on Gaussian weights of unit variance")
-    for column in ("grid", "bits", "with scales", "error", "x bound", "decodes, G/s", "engines", "also called"):
+    for column in (
+        "grid",
+        "bits",
+        "with scales",
+        "error",
+        "x bound",
+        "decoding, G weights/s",
+        "engines",
+        " also called",
+    ):
         left = column in ("grid", "engines", "also called")
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "grid")
     for one in sorted(found, key=lambda one: (one.bits, one.distortion)):

@@ -1,4 +1,4 @@
-"""What a matrix is approximated to: an aim, or the quadratic of its loss."""
+"""The target of a matrix: a matrix to approximate, or a quadratic loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

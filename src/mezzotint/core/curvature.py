@@ -1,4 +1,4 @@
-"""How the loss bends in the outputs of a matrix: what makes errors of its rows one another's business."""
+"""Curvature of the loss in the outputs of a matrix: it couples the errors of different rows."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Squares of sums that are too large for memory: somewhere else, worked on a panel of rows at a time."""
+"""Square matrices of sums that are too large for memory: stored on disk, processed in panels of rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""What calibration tells about the inputs of a linear: sums over tokens, streamed and merged.
+"""Statistics of the inputs of a linear: sums over tokens, added batch by batch.
 
 MATH.md section 0: ``gram = sum w xh xh'``, ``drift = sum w (x - xh) xh'``, ``residual = sum w (r - rh) xh'``. Of a
 matrix with far fewer rows than columns, the product with the drift is smaller than the drift: that is summed instead.

@@ -1,4 +1,4 @@
-"""A model as data: what is quantized, in which order it runs, and what is connected to what. Holds no weights."""
+"""Structure of a model as data: matrices, running order and connections. It holds no weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How far a model is from another: perplexity, divergence and tasks, with what two models can be told apart by."""
+"""Comparing two models: perplexity, KL divergence and tasks, with confidence intervals."""
 
 from mezzotint.evaluation.divergence import Divergence, Evaluation, WindowSums
 from mezzotint.evaluation.intervals import Difference, difference, standard_error

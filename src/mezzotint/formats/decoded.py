@@ -1,4 +1,4 @@
-"""Packed weights of a folder as dense ones: what a reader needs to see a quantized folder like any other."""
+"""Decodes packed weights of a folder, so that a quantized folder can be read like any other."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Dequantized weights under their own names: any engine loads them, nothing is saved."""
+"""Dequantized weights under their original names. Every engine loads them; they are not smaller."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

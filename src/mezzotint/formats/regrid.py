@@ -1,4 +1,4 @@
-"""Blocks of GGUF types as integers in groups, where these are the same numbers."""
+"""Converts blocks of GGUF types to integers in groups, if the values are the same."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What files of uniform integers have in common: schemes of matrices, and what such files cannot hold."""
+"""Common part of all formats with uniform integers: schemes of matrices, and what these formats cannot store."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace

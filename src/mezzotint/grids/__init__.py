@@ -1,1 +1,1 @@
-"""Which values codes can stand for: fit, encode, decode."""
+"""Grids: the values that codes represent. Fit, encode, decode."""

@@ -1,4 +1,4 @@
-"""How the error of the first blocks travels through the rest of the model (QEP's Figure 1)."""
+"""How the error of the first blocks grows through the rest of the model (Figure 1 of QEP)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is written behind the tensors: read, checked and rendered once before the work, so as not to fail after it."""
+"""Files that are written after the tensors. They are read, checked and rendered before the work."""
 
 import glob
 import json

@@ -1,4 +1,4 @@
-"""Every grid there is, with what it loses on Gaussian weights, what it stores and how fast it decodes."""
+"""All grids, with their error on Gaussian weights, stored bits and decoding speed."""
 
 import time
 import tomllib

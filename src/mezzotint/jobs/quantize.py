@@ -1,4 +1,4 @@
-"""`run` for every request: where a recipe leaves the bits to a budget, they are allocated first."""
+"""Runs every request. If the recipe has a budget, bits are allocated first."""
 
 from collections.abc import Mapping
 from dataclasses import replace

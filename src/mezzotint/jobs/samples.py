@@ -1,4 +1,4 @@
-"""A few words of several models after the same prompt."""
+"""Text that several models generate after the same prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

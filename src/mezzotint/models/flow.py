@@ -1,4 +1,4 @@
-"""What one forward pass showed: products, norms and streams, as data."""
+"""Result of one traced forward pass as data: products, norms and streams."""
 
 from dataclasses import dataclass, field
 

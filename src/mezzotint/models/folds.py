@@ -1,4 +1,4 @@
-"""Where scales of the inputs of a group can go without changing the model: what multiplies and what divides."""
+"""Parameters that can absorb scales of a group's inputs without changing the model."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What happens between the linears of attention and of an MLP, computed by the model's own code.
+"""The computation between the linears of attention and of an MLP, run with the model's own code.
 
 The outputs of the linears are given, and what attention multiplies, or what goes into the last linear, is looked at
 where the model itself would use it: so norms, positions, fused layouts and activations are the model's, whatever the

@@ -1,4 +1,4 @@
-"""What a normalisation computes, found by running it on random numbers rather than by its name."""
+"""Determines what a normalisation computes, by running it on random numbers, not by its name."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What flows where in a model: one forward pass without data, watched operator by operator.
+"""Data flow of a model: one forward pass without data, recorded operator by operator.
 
 Every tensor gets a ``Value`` that says what it was made of. Views and copies keep the value of their source, so "the
 same tensor" means the same numbers, however they are laid out.

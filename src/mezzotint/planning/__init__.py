@@ -1,1 +1,1 @@
-"""Everything that is decided before a weight is read: entries, format, memory, time, refusals."""
+"""Decisions before any weight is read: entries, format, memory, time, refusals."""

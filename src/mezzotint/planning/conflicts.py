@@ -1,4 +1,4 @@
-"""Stages that cannot serve each other."""
+"""Checks for stages of a recipe that cannot be combined."""
 
 from collections.abc import Iterator
 

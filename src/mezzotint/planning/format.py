@@ -1,4 +1,4 @@
-"""The format of the output: chosen from what is asked for and what the matrices are."""
+"""Chooses the output format from the request and the kinds of matrices."""
 
 from collections.abc import Sequence
 

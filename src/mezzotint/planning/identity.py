@@ -1,4 +1,4 @@
-"""What determines a result, in two lengths: a fingerprint of the plan, and all that a continued run must share."""
+"""Identity of a result: a short fingerprint of the plan, and everything that a resumed run must have in common."""
 
 import hashlib
 import json

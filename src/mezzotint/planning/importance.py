@@ -1,4 +1,4 @@
-"""Statistics from an importance matrix of llama.cpp, in the place of calibration text."""
+"""Statistics from an importance matrix of llama.cpp, instead of calibration text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

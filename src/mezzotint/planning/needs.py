@@ -1,4 +1,4 @@
-"""What is summed of a group's inputs, as memory predicts it and the sweep does it."""
+"""Statistics that a group's inputs need. The memory plan and the sweep both use it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Everything that is decided before a weight is read: entries, format, sizes, calibration, memory, time."""
+"""Decisions before any weight is read: entries, format, sizes, calibration, memory, time."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What is decided before a weight is read."""
+"""The result of planning, as data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""What the user asks for, checked without the model."""
+"""The user's request, checked without the model."""

@@ -1,4 +1,4 @@
-"""What the user asks for, checked as far as it can be without the model."""
+"""The user's request, checked as far as possible without the model."""
 
 import re
 from collections.abc import Mapping

@@ -1,1 +1,1 @@
-"""What is written about a run, and how it is read back."""
+"""The report of a run: writing and reading it."""

@@ -46,7 +46,7 @@ model = mezzotint.load("FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-For engines that do not know the format, quantize again with `--for dense`, or with a recipe whose grid is uniform.
+For other engines, quantize again with `--for dense`, or with a recipe that stores integers.
 """
 _GGUF = """In llama.cpp:
 
@@ -75,7 +75,7 @@ from gptqmodel import GPTQModel
 model = GPTQModel.load("FOLDER")
 ```
 """
-_OWN = """The format `{form}` comes from outside of mezzotint. Where the code that adds it is imported,
+_OWN = """The format `{form}` is not part of mezzotint. Import the code that adds it; then
 
 ```python
 import mezzotint
@@ -83,17 +83,20 @@ import mezzotint
 mezzotint.convert("FOLDER", "dense", out="DENSE")
 ```
 
-makes a folder that every engine loads.
+writes a folder that every engine loads.
 """
-_EXL3 = """ExLlamaV3 on a GPU, and what is built on it. Nobody has tried yet: the layout was read in its sources.
+_EXL3 = """In ExLlamaV3 on a GPU. This is not tested: the file layout follows its source code.
 """
 _LOADING = {
     "exl3": (_EXL3,),
     "gguf": (_GGUF,),
-    "compressed-tensors": (_PACKED, _VLLM.format(note=" (widths other than 4 and 8 bits need kernels of some GPUs)")),
+    "compressed-tensors": (
+        _PACKED,
+        _VLLM.format(note=" (bits other than 4 and 8 need kernels that only some GPUs have)"),
+    ),
     "gptq": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),
     "gptq-v2": (_GPTQ_MODEL, _GPTQ, _VLLM.format(note=" (symmetric, 4 and 8 bits; on a CPU 4)")),
-    "mezzotint": (_NATIVE, _VLLM.format(note=", with `mezzotint` installed beside it")),
+    "mezzotint": (_NATIVE, _VLLM.format(note=", with `mezzotint` installed in the same environment")),
     "dense": (_TRANSFORMERS, _VLLM.format(note="")),
 }
 
@@ -144,11 +147,11 @@ def card_of(report: Mapping[str, Any], results: Mapping[str, Any], original: Map
         f"# {model} at {bits:.2f} bits per weight\n",
         f"Quantized with Mezzotint {report['mezzotint']}, {made}.\n",
         _sizes(report),
-        "## Measured\n",
+        "## Evaluation\n",
         f"{_START}\n{_measured(results)}{_END}\n",
         "## Load it\n",
         loading(form),
-        "## How it was made\n",
+        "## How it was quantized\n",
         _recipe(report),
     ]
     return "\n".join(sections)
@@ -167,7 +170,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
     without = report["bits_per_weight_without_side_data"]
     rows = [
         ("weights quantized", f"{weights / 1e6:,.1f} million in {len(linears)} matrices"),
-        ("bits per weight", f"{report['bits_per_weight']:.3f} ({without:.3f} without scales and the like)"),
+        ("bits per weight", f"{report['bits_per_weight']:.3f} ({without:.3f} without scales and zero points)"),
         ("size", f"{report['output_bytes'] / 1e6:,.1f} MB, before {report['original_bytes'] / 1e6:,.1f} MB"),
     ]
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
@@ -177,7 +180,7 @@ def _measured(results: Mapping[str, Any]) -> str:
     """Tables of what was kept, with what one number of them can bear."""
     parts = []
     if results["texts"]:
-        lines = ["| text | windows | perplexity | of the original | KL, nats/token |", "|---|---|---|---|---|"]
+        lines = ["| text | windows | perplexity | original | KL, nats/token |", "|---|---|---|---|---|"]
         for name, text in results["texts"].items():
             before = "" if text["reference_perplexity"] is None else f"{text['reference_perplexity']:.3f}"
             loss = "" if text["kl_nats"] is None else plus_minus(text["kl_nats"], text["kl_stderr"])
@@ -185,15 +188,18 @@ def _measured(results: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {text['windows']} x {text['seqlen']} | {own} | {before} | {loss} |")
         parts.append("\n".join(lines) + "\n")
     if results["tasks"]:
-        lines = ["| task | metric | value | of the original | difference |", "|---|---|---|---|---|"]
+        lines = ["| task | metric | score | original | difference |", "|---|---|---|---|---|"]
         for name, task in results["tasks"].items():
             before = "" if task["reference"] is None else plus_minus(task["reference"], task["reference_stderr"])
             change = "" if task["difference"] is None else interval(task["difference"])
             own = plus_minus(task["value"], task["stderr"])
             lines.append(f"| {name} | {task['metric']} | {own} | {before} | {change} |")
-        parts.append("\n".join(lines) + "\n\nDifferences are over the same items, with 95 % intervals.\n")
+        parts.append(
+            "\n".join(lines) + "\n\nDifferences are over the same questions, with 95 % confidence intervals.\n"
+        )
     return (
-        "\n".join(parts) or "Nothing yet: `mezzotint evaluate FOLDER --against ORIGINAL --text FILE --keep-results`.\n"
+        "\n".join(parts)
+        or "Not measured yet. Run `mezzotint evaluate FOLDER --against ORIGINAL --text FILE --keep-results`.\n"
     )
 
 
@@ -212,7 +218,7 @@ def _recipe(report: Mapping[str, Any]) -> str:
     imatrix = report["plan"].get("imatrix")
     text = "no calibration" if imatrix is None else f"weighted by the importance matrix `{imatrix}`"
     if calibration is not None:
-        source = "text sampled from the model itself"
+        source = "text that the model wrote"
         if calibration["source"] != "self":
             source = f"`{Path(calibration['source']).name}`"
         text = f"calibrated on {calibration['samples']} windows of {calibration['seqlen']} tokens of {source}"
@@ -220,7 +226,7 @@ def _recipe(report: Mapping[str, Any]) -> str:
     kept = len(report["plan"]["kept"])
     return (
         f"```\n{report['command']}\n```\n\n{text[0].upper()}{text[1:]}; seed {report['seed']}; {versions}; "
-        f"{report['seconds']:.0f} s. {kept} tensors kept as they were. Everything that was decided and measured is in "
+        f"{report['seconds']:.0f} s. {kept} tensors are unchanged. The full report is in "
         f"`mezzotint.json`. The recipe:\n\n```yaml\n{recipe_yaml(report['recipe'])}```\n"
     )
 
@@ -249,7 +255,10 @@ def legal_front_matter(folder: Path) -> tuple[dict[str, str | list[str]], str | 
 
 
 def _no_legal(path: Path, why: str) -> str:
-    return f"The card names no licence, because {path} does not tell it: {why}. Add it to {CARD_NAME} of the output."
+    return (
+        f"The card has no licence, because the licence in {path} cannot be read: {why}. Add it to "
+        f"{CARD_NAME} of the output."
+    )
 
 
 def _legal(events: Iterable[yaml.Event]) -> dict[str, str | list[str]]:

@@ -1,4 +1,4 @@
-"""Several quantized folders beside each other, and the differences that can be told from chance."""
+"""Compares quantized folders, with confidence intervals of their differences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""``mezzotint.json``: everything that was decided, done and measured."""
+"""``mezzotint.json``: the report of a run, with all decisions and results."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What was measured of a folder, kept in it: for its card, its page, and comparisons with other folders."""
+"""Saved evaluation results of a folder, for its model card, its HTML report and comparisons."""
 
 import json
 from collections.abc import Mapping, Sequence

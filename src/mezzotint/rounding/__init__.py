@@ -1,1 +1,1 @@
-"""How codes are chosen, given target, grid and statistics."""
+"""Rounding: choosing codes, given target, grid and statistics."""

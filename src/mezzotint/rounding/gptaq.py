@@ -1,4 +1,4 @@
-"""GPTAQ: GPTQ whose columns also make up, causally, for the drift of their inputs."""
+"""GPTAQ: GPTQ in which later columns also compensate the drift of the inputs."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

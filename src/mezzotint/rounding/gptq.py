@@ -1,4 +1,4 @@
-"""GPTQ, which is LDLQ: round columns in turn and let later columns make up for each error."""
+"""GPTQ, which is the same as LDLQ: round columns in turn, and let later columns compensate each error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Files that survive: the output folder, shards, the work folder, tensors kept outside memory."""
+"""Crash-safe files: the output folder, shards, the work folder, tensors on disk."""

@@ -1,4 +1,4 @@
-"""What in a folder is ours, by the names that were written down before anything was made there.
+"""Which files of a folder a run created. Their names are recorded before the first file is written.
 
 A name is the path of a file relative to the folder, with ``*`` in it; a folder is ours where a name leads through it. A
 link, a pipe or a socket never is: none is ever made.

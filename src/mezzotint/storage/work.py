@@ -1,4 +1,4 @@
-"""The work folder: what a run keeps so that another process can continue it, and the log that people watch."""
+"""The work folder: the saved state of a run, from which another process can resume, and the log."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the submodules of a block see of one batch of windows, in both streams."""
+"""Activations of one batch of windows that the submodules of a block use, in both streams."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Low-rank compensation of what rounding leaves."""
+"""Low-rank compensation of the rounding error."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple

@@ -1,4 +1,4 @@
-"""AWQ's scales of a block's inputs, searched on its full-precision weights and folded into it before it is swept."""
+"""AWQ's scales of a block's inputs: searched with full-precision weights, and folded before the block is quantized."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -1,4 +1,4 @@
-"""LoaQ: aim at the original output of the residual stream, where a linear's output is added to it."""
+"""LoaQ: the target is the original residual stream after the block's output is added."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,4 +1,4 @@
-"""QEP: aim at the original output, given the inputs that the quantized prefix really produces."""
+"""QEP: the target is the original output, given the inputs that the quantized earlier layers produce."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,4 +1,4 @@
-"""Activation-aware scales of input columns, folded into what makes the inputs: nothing is left to do at run time."""
+"""Activation-aware scales of input columns (AWQ), folded into the previous matrix or norm."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

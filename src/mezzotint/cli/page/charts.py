@@ -1,4 +1,4 @@
-"""Pictures as inline SVG that fills its place; words stay HTML, so that they keep their size on every screen."""
+"""Charts as inline SVG. They scale with the page; text is HTML and keeps its size on every screen."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

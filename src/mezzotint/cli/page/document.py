@@ -1,4 +1,4 @@
-"""The page around its sections, and the file it becomes."""
+"""The HTML page around the sections, and writing it to a file."""
 
 from importlib.resources import files
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page of several quantized folders beside each other."""
+"""The page that compares several quantized folders."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from mezzotint.report.compare import Compared, Pair
 def comparison(found: Sequence[Compared], pairs: Sequence[Pair]) -> str:
     """The page of a comparison; every folder is held against the first."""
     models = dict.fromkeys(one.report["model"] for one in found)
-    subtitle = f"{len(found)} quantizations, each held against {found[0].name}"
+    subtitle = f"{len(found)} quantizations, each compared with {found[0].name}"
     sections = [_overview(found), *_losses(found), _differences(found, pairs), _drift(found), _commands(found)]
     return document(", ".join(models), subtitle, sections, found[0].report["mezzotint"])
 
@@ -31,8 +31,8 @@ def _overview(found: Sequence[Compared]) -> Markup:
             ]
         )
     columns = ("folder", "bits per weight", "size", "last block", "time", "memory")
-    note = "Last block: error of the hidden states behind it, on text held out from calibration."
-    return section("Side by side", table(columns, rows), note=note)
+    note = "Last block: error of the hidden states after it, on held-out text."
+    return section("Overview", table(columns, rows), note=note)
 
 
 def _losses(found: Sequence[Compared]) -> list[Markup]:
@@ -49,7 +49,7 @@ def _losses(found: Sequence[Compared]) -> list[Markup]:
             ]
             for one, measured in there
         ]
-        parts = [table(("folder", "KL, nats/token", "perplexity", "original's", "same top token"), rows)]
+        parts = [table(("folder", "KL, nats/token", "perplexity", "original", "same top token"), rows)]
         known = [(one, measured) for one, measured in there if measured["kl_nats"] is not None]
         bits = [one.report["bits_per_weight"] for one, _ in known]
         if bits and max(bits) - min(bits) > 0.05:  # else they differ by what scales take, and a picture says nothing
@@ -60,7 +60,7 @@ def _losses(found: Sequence[Compared]) -> list[Markup]:
             parts.append(
                 line_chart(
                     lines,
-                    label="divergence against stored bits",
+                    label="KL divergence against stored bits",
                     x="bits per weight",
                     y="KL, nats per token",
                     x_format=lambda value: f"{value:.2f}",
@@ -73,7 +73,10 @@ def _losses(found: Sequence[Compared]) -> list[Markup]:
 
 def _differences(found: Sequence[Compared], pairs: Sequence[Pair]) -> Markup:
     if not pairs:
-        told = "Nothing was measured on the same windows or items. Run on each folder, with the same arguments:"
+        told = (
+            "The folders have no results on the same windows or questions. Run this on each folder, with "
+            "the same arguments:"
+        )
         return section(
             "Differences", code("mezzotint evaluate FOLDER --against MODEL --text FILE --keep-results"), note=told
         )
@@ -88,8 +91,9 @@ def _differences(found: Sequence[Compared], pairs: Sequence[Pair]) -> Markup:
         chart = whiskers(rows, label=measure, value_format=lambda value: f"{value:+.4f}".replace("-", "−"))
         parts.append(heading + chart)
     note = (
-        f"Each minus {found[0].name}, over the same windows or items, with 95 % intervals: one that leaves zero out is "
-        "more than chance. Of KL and perplexity less is better, of scores more."
+        f"Difference from {found[0].name} over the same windows or questions, with 95 % confidence intervals. If the "
+        "interval does not contain zero, the difference is significant. KL and perplexity: lower is better. Scores: "
+        "higher is better."
     )
     return section("Differences", *parts, note=note)
 
@@ -104,15 +108,15 @@ def _drift(found: Sequence[Compared]) -> Markup:
         return ""
     chart = line_chart(
         lines,
-        label="error of the hidden states behind every block",
+        label="error of the hidden states after each block",
         x="block",
         y="squared difference over the square of the original's",
         x_format=lambda value: f"{value:.0f}",
         y_format=lambda value: f"{value:.3g}",
         log=True,
     )
-    return section("Drift over depth", chart, note="Held-out error of the hidden states behind every block.")
+    return section("Error after each block", chart, note="Held-out error of the hidden states after each block.")
 
 
 def _commands(found: Sequence[Compared]) -> Markup:
-    return section("How each was made", code("\n".join(one.report["command"] for one in found)))
+    return section("Commands", code("\n".join(one.report["command"] for one in found)))

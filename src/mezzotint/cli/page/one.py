@@ -79,10 +79,13 @@ def frontier(allocation: Mapping[str, Any] | None) -> Markup:
         y_format=lambda value: f"{value:.2g}",
         log=True,
     )
-    note = "What each size would lose at best by the sensitivities that were measured, with bits allocated and uniform."
+    note = (
+        "Predicted loss at each size, with allocated bits and with the same bits everywhere. It is "
+        "computed from measured sensitivities."
+    )
     if "held_out_kl_nats" in allocation:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in allocation["held_out_kl_nats"].items())
-        note += f" Measured on held-out text: KL {losses}; {allocation['kept']} was kept."
+        note += f" Measured on held-out text: KL {losses}. The result with {allocation['kept']} bits was kept."
     return section("Size against loss", chart, note=note)
 
 
@@ -90,7 +93,7 @@ def _headline(report: Report, results: Mapping[str, Any]) -> Markup:
     before, after = report["original_bytes"], report["output_bytes"]
     without = report["bits_per_weight_without_side_data"]
     shown = [
-        ("bits per weight", f"{report['bits_per_weight']:.2f}", f"{without:.2f} of codes, the rest scales"),
+        ("bits per weight", f"{report['bits_per_weight']:.2f}", f"{without:.2f} for codes, the rest for scales"),
         ("size", size(after), f"{after / before:.0%} of {size(before)}"),
     ]
     for name, one in results["texts"].items():
@@ -108,11 +111,14 @@ def _sizes(report: Report) -> Markup:
     side_bits = report["bits_per_weight"] - report["bits_per_weight_without_side_data"]
     codes, side = (bits * weights / 8 for bits in (report["bits_per_weight_without_side_data"], side_bits))
     after, before = float(report["output_bytes"]), float(report["original_bytes"])
-    parts = ("codes", "scales and zero points", "kept as it was")
+    parts = ("codes", "scales and zero points", "not quantized")
     kept = max(0.0, after - codes - side)
     if report["plan"]["format"] == "dense":
         rows = [("quantized", [(parts[2], after)], size(after))]
-        note = "Written dense, so the file is no smaller; packed, its weights would take the bits named above."
+        note = (
+            "The folder holds dequantized weights, so it is not smaller. Packed weights would take the "
+            "bits named above."
+        )
         return section("Size", bars([("original", [(parts[2], before)], size(before)), *rows], label="size"), note=note)
     rows = [
         ("original", [(parts[2], before)], size(before)),
@@ -120,7 +126,7 @@ def _sizes(report: Report) -> Markup:
     ]
     note = f"{weights / 1e6:,.1f} million weights in {len(linears)} matrices were quantized."
     if report["plan"]["kept"]:
-        note += " Embeddings, norms and what a rule keeps are as they were."
+        note += " Embeddings, norms and matrices kept by a rule are unchanged."
     return section("Size", bars(rows, label="size", parts=parts), note=note)
 
 
@@ -138,7 +144,7 @@ def _bits(report: Report) -> Markup:
         kept=[name for name in report["plan"]["kept"] if role_of(name)[0] is not None],
     )
     because = dict.fromkeys(one["because"] for one in report["plan"]["linears"])
-    note = f"Stored bits of a weight, scales included. Decided by {', '.join(because)}."
+    note = f"Stored bits per weight, scales included. Chosen by {', '.join(because)}."
     return section("Bits", chart, note=note)
 
 
@@ -155,11 +161,12 @@ def _errors(report: Report) -> Markup:
     for role, members in roles.items():
         means = [mean([one[measure] for one in members]) for measure in measures]
         rows.append([text(short_role(role)), *("–" if m is None else _percent(m) for m in means), text(len(members))])
-    columns = ("role", "of the weight", "of the output", "held out", "matrices")
+    columns = ("role", "weight", "output", "output, held out", "matrices")
     inside = [table(columns, rows)]
     held_out = {one["name"]: one["h_error_held_out"] for one in report["linears"] if one["h_error_held_out"]}
     note = (
-        "Squared error over energy: of the weights, of the outputs on calibration text, and on text held out from it."
+        "Squared error divided by energy: of the weights, of the outputs on calibration text, and of the "
+        "outputs on held-out text."
     )
     if held_out:
         logs = sorted(map(math.log, held_out.values()))
@@ -175,7 +182,7 @@ def _errors(report: Report) -> Markup:
             further=lambda name: f", {_percent(seen[name])} in sample",
         )
         inside.insert(0, chart)
-        note = f"The stronger the tone, the more of a matrix's output is lost on held-out text. {note}"
+        note = f"Darker means a larger output error on held-out text. {note}"
     return section("Errors", *inside, note=note)
 
 
@@ -185,14 +192,14 @@ def _drift(report: Report) -> Markup:
         return ""
     chart = line_chart(
         [Line(name="held-out error", points=points)],
-        label="error of the hidden states behind every block",
+        label="error of the hidden states after each block",
         x="block",
         y="squared difference over the square of the original's",
         x_format=lambda value: f"{value:.0f}",
         y_format=lambda value: f"{100 * value:.3g}%",
     )
-    note = "How far hidden states are from the original's behind every block, on text held out from calibration."
-    return section("Drift over depth", chart, note=note)
+    note = "Error of the hidden states after each block, relative to the original, on held-out text."
+    return section("Error after each block", chart, note=note)
 
 
 def _samples(prompt: str | None, samples: Sequence[Any]) -> Markup:
@@ -202,8 +209,8 @@ def _samples(prompt: str | None, samples: Sequence[Any]) -> Markup:
         tag("blockquote", tag("cite", text(sample.model)), tag("b", text(prompt)), text(sample.text))
         for sample in samples
     ]
-    note = "The likeliest token each time. One text says little about a model; the measures above say more."
-    return section("What it writes", tag("div", *shown, class_="samples"), note=note)
+    note = "Greedy decoding. One text says little about a model; use the measures above."
+    return section("Generated text", tag("div", *shown, class_="samples"), note=note)
 
 
 def _costs(report: Report) -> Markup:
@@ -216,8 +223,10 @@ def _costs(report: Report) -> Markup:
     promised = report["promised_peak_memory_bytes"]
     machine = report["machine"]
     note = (
-        f"{seconds(report['seconds'])}, {seconds(report['cpu_seconds'])} of processor, on {machine['cores']} cores "
-        f"({machine['device']}). At most {size(report['peak_rss_bytes'])} of memory; the plan said {size(promised)}."
+        f"{seconds(report['seconds'])}, {seconds(report['cpu_seconds'])} of processor time, on "
+        f"{machine['cores']} cores "
+        f"({machine['device']}). At most {size(report['peak_rss_bytes'])} of memory; the plan predicted "
+        f"{size(promised)}."
     )
     return section("Time and memory", bars([*stages, *solving], label="time"), note=note)
 
@@ -231,7 +240,7 @@ def _decisions(report: Report) -> Markup:
     if not alike:
         return ""
     rows = [[text(what), text(why), text(many)] for (what, why), many in sorted(alike.items())]
-    note = "What was tried and taken or left, decided on text held out from calibration."
+    note = "Steps that were kept or rejected, by their error on held-out text."
     return section("Decisions", table(("what", "decision", "matrices"), rows, left=2), note=note)
 
 
@@ -247,15 +256,15 @@ def _repeat(report: Report) -> Markup:
     columns = ("matrix", "bits", *(_MEASURES[m] for m in shown))
     every = tag("details", tag("summary", text(f"All {len(names)} matrices")), table(columns, names))
     note = f"Seed {report['seed']}; mezzotint {report['mezzotint']}, {versions}."
-    return section("Do it again", *parts, every, note=note)
+    return section("Reproduce", *parts, every, note=note)
 
 
 _MEASURES = {
     "weight_error": "weight error",
     "h_error": "error",
     "h_error_held_out": "held out",
-    # below 0 where a matrix makes up for more of what was lost before it than it loses
-    "objective": "with what was lost before",
+    # below 0 if a matrix corrects more of the earlier error than it adds
+    "objective": "with earlier errors",
     "objective_held_out": "held out",
 }
 
@@ -288,7 +297,7 @@ def _map(
             )
             row[block] = Cell(title=title, tone=tone(mean))
         else:
-            row[block] = Cell(title=f"{names[0]}: kept as it was", tone=None)
+            row[block] = Cell(title=f"{names[0]}: not quantized", tone=None)
     return heat_map({name: row for name, row in rows.items() if any(row)}, label=label, legend=legend)
 
 
