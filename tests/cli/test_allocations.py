@@ -31,4 +31,4 @@ def test_a_dry_run_plans_it_too(mezzotint: Callable[..., Answer], tmp_path: Path
 def test_a_picture_of_no_allocation_is_refused(mezzotint: Callable[..., Answer], tmp_path: Path) -> None:
     answer = mezzotint("plan", TINY_LLAMA, "--plot", tmp_path / "f.svg")
     assert answer.code == 2
-    assert "where bits are allocated" in answer.stderr
+    assert "bits that are allocated" in answer.stderr
