@@ -207,7 +207,7 @@ def test_missing_text(refused: Refused, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "parts"),
     [
-        ("empty.txt", b"", ("is empty", "Give a file with text")),
+        ("empty.txt", b"", ("has no text", "Give a file with text")),
         ("latin.txt", "naïve ".encode("latin-1") * 50, ("is not UTF-8: byte 0xef at offset 2", "iconv")),
         ("short.txt", b"Only a few words.", ("tokens", "windows of 32", "Give more text")),
         ("text.docx", b"PK", ("'.docx'", "Rename or convert")),
