@@ -192,7 +192,7 @@ def test_files_of_others_are_refused(llama_file, tmp_path):
     with pytest.raises(FormatError, match="not made by mezzotint, or is damaged"):
         stored_tensors(GOLDEN / "types.gguf", model.config.to_dict())
     (tmp_path / FILE).write_bytes(b"safetensors")
-    with pytest.raises(FormatError, match="no GGUF file"):
+    with pytest.raises(FormatError, match="not a GGUF file"):
         stored_tensors(tmp_path / FILE, model.config.to_dict())
 
 

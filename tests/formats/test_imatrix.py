@@ -87,7 +87,7 @@ def _empty(path: Path) -> None:
 
 
 def _text(path: Path) -> None:
-    path.write_text("Once upon a time there was no importance matrix, and it was a text.")
+    path.write_text("Once upon a time there was not an importance matrix, and it was a text.")
 
 
 def _no_chunks(path: Path) -> None:
@@ -119,7 +119,7 @@ def _missing(path: Path) -> None:
         (_negative, "'blk.0.ffn_down.weight' are negative or not finite"),
         (_infinite, "'blk.0.ffn_down.weight' are negative or not finite"),
         (_empty, "no entry"),
-        (_text, "no importance matrix"),
+        (_text, "not an importance matrix"),
         (_no_chunks, "'abc' has 1 inputs of 0 chunks"),
         (_of_a_model, "of type None, not 'imatrix'"),
         (_half, "'output.weight' has only one of"),

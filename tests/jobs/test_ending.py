@@ -95,7 +95,7 @@ def test_an_edited_card_keeps_its_bytes(packed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", "{", '{"texts": {}}', '{"texts": [], "tasks": {}}', "[" * 100_000])
 def test_results_that_cannot_be_added_to(text: str, tmp_path: Path) -> None:
     (tmp_path / "mezzotint.evaluation.json").write_text(text)
-    with pytest.raises(ModelError, match=r"mezzotint.evaluation.json.*remove it"):
+    with pytest.raises(ModelError, match=r"mezzotint.evaluation.json.*Remove it"):
         read_results(tmp_path)
 
 
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_vanishes_keeps_the_work(model: Path, tmp_path: Path) -
 def test_a_report_that_is_none_is_refused_before_converting(report: str, packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "q"))
     (folder / "mezzotint.json").write_text(report)
-    with pytest.raises(ModelError, match=r"mezzotint.json.*(is no JSON|is no report)"):
+    with pytest.raises(ModelError, match=r"mezzotint.json.*(is not valid JSON|is not a report)"):
         mezzotint.convert(folder, "dense", out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 

@@ -362,7 +362,7 @@ def test_a_shard_that_vanishes(done: int, how: str, llama: Path, whole: Path, tm
             if how == "short":
                 weights.write_bytes((model / "away").read_bytes()[:1000])
 
-    told = r"model.safetensors (cannot be opened any more|is truncated to 1000 bytes).*[Pp]ut it back"
+    told = r"model.safetensors (cannot be opened any more|is truncated to 1000 bytes).*(Restore it|[Pp]ut it back)"
     with pytest.raises(VanishedError, match=told):
         quantized(model, tmp_path / "out", RECIPE, listener=listener)
     (model / "away").replace(weights)

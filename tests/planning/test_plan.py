@@ -246,7 +246,7 @@ def test_who_cannot_hold_a_packed_embedding(tiny_folder: Folder) -> None:
     settings = {"embeddings.kind": "uniform"}
     with pytest.raises(FormatError, match=r"model.embed_tokens is another kind of module. Use --for dense, keep it"):
         plan_of(tiny_folder("llama"), "rtn", settings=settings, engine="vllm")
-    with pytest.raises(ConfigError, match=r"embeddings.bits' does nothing while embeddings.kind is none"):
+    with pytest.raises(ConfigError, match=r"embeddings.bits' has no effect, because embeddings.kind is none"):
         plan_of(tiny_folder("llama"), "rtn", settings={"embeddings.bits": 3})
     assert plan_of(tiny_folder("llama"), "rtn", settings=settings, engine="dense").plan.format == "dense"
 

@@ -180,7 +180,7 @@ def test_an_allocated_folder_says_what_was_asked_for(tmp_path: Path) -> None:
     assert report["command"] in (out / "README.md").read_text(encoding="utf-8")
     page = single("small", read_report(out), read_results(out), None, ())
     assert "<h2>Size against loss</h2>" in page
-    assert f"{report['allocation']['kept']} was kept" in page
+    assert f"with {report['allocation']['kept']} bits was kept" in page
 
 
 def test_a_recipe_file_that_says_the_same(tmp_path: Path) -> None:
