@@ -85,7 +85,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert all(len(one["absolute"]) == len(one["relative"]) == 3 for one in found["drift"])
     check_lines(plot.read_text(encoding="utf-8"), {one["recipe"]: one["relative"] for one in found["drift"]})
     shown = run("--recipe", "rtn", "--blocks", "1")
-    assert "the first 1 quantized" in " ".join(shown.stdout.split())
+    assert "the first 1 blocks are quantized" in " ".join(shown.stdout.split())
     assert f"{found['drift'][0]['relative'][2]:.3%}" in shown.stdout
     for wrong, part in ((("--plot", "x.txt"), "must end in .png"), (("--plot", "no/such.png"), "does not exist")):
         refused = run(*wrong)
